@@ -1,0 +1,694 @@
+"""A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
+
+Read it from top to bottom: no name is used before it is defined. A class or function may be copied out on its own;
+where it leans on others, the comment after its name says which.
+
+    tokens (B, T)                                   TransformerBlock
+      │                                               x ──┬─ RMSNorm ─ MultiheadSelfAttention ─┐
+    Embedding                                             └──────────────── + ◄────────────────┘
+      │ x (B, T, D)                                                         │
+    TransformerBlock × num_layers                         ┌─────────────────┴─ RMSNorm ─ SwiGLU ─┐
+      │                                                   └──────────────── + ◄──────────────────┘
+    RMSNorm                                                                 x
+      │
+    Linear
+      │
+    logits (B, T, V): what token comes next?
+
+Legend, used in every shape:
+    B  batch, sequences that are processed side by side     K  head size, D / H
+    T  time, the tokens of a sequence                       S  time of keys and values: T and what is cached before
+    D  d_model, the width of the residual stream            F  d_ff, the width inside the feed-forward
+    H  heads (of queries)                                   V  vocabulary, how many different tokens there are
+    G  heads of keys and values; each serves H / G heads
+"""
+
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------- Linear, Embedding
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ, with no bias.
+
+    W starts as a normal distribution of variance 2 / (d_in + d_out), so that neither activations (forward) nor
+    gradients (backward) grow or shrink from layer to layer; cut at 3σ, so that no weight starts as an outlier.
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
+    """
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        std = math.sqrt(2 / (d_in + d_out))
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out)."""
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A table with one row of d_model numbers for each token of the vocabulary."""
+
+    def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) of integers in 0 … V-1 → (..., D)."""
+        return F.embedding(tokens, self.weight)
+
+
+# -------------------------------------------------------------------------------------------------------- RMSNorm
+
+
+class RMSNorm(nn.Module):
+    """y = x / √(mean(x²) + ε) · g: each vector is scaled to a root mean square of 1, then each feature by its gain.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) → (..., D) of the same dtype."""
+        x32 = x.float()  # a sum of squares overflows float16 and loses most of its digits in bfloat16
+        rrms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * rrms * self.weight).type_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------- RoPE
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding: turn pairs of features by an angle that grows with the position.
+
+    The pair (x_j, x_{j + K/2}) at position t is rotated by the angle t·θ^(-2j/K):
+
+        x_j       ← x_j·cos - x_{j+K/2}·sin
+        x_{j+K/2} ← x_{j+K/2}·cos + x_j·sin
+
+    The dot product of two vectors rotated so depends on their distance in time alone, not on where they stand.
+    Source: Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864; halves are paired as in Llama's checkpoints.
+    """
+
+    def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0):
+        super().__init__()
+        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (K/2,)
+        angle = torch.outer(torch.arange(context_length, dtype=torch.float32), frequency)
+        # Both tables are (context_length, K): one column for each feature, the sine with the sign of its term.
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (..., T, K) whose vectors stand at positions (T,), integers in 0 … context_length-1 → (..., T, K)."""
+        cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # roll: (x_{j+K/2}, x_j), the partner of each
+
+
+# --------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+class SwiGLU(nn.Module):  # needs: Linear
+    """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x): a gate decides how much of each inner feature passes.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) → (..., D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# -------------------------------------------------------------------------------------------------------- KVCache
+
+
+class KVCache:
+    """The keys and values of the tokens that one attention layer has seen, so that none is computed twice."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        """shape: (B, G, context_length, K). The memory is taken once; nothing is allocated while generating."""
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, T, K); return all that is held, (B, G, S, K) each."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+# ------------------------------------------------------------------------------------------------------ Attention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(Q Kᵀ / √K) V, where each token sees itself and what came before it.
+
+    q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
+    Source: Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762, equation 1.
+    """
+    T, S = q.shape[2], k.shape[2]
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    scores = (q / math.sqrt(q.shape[3])) @ k.mT  # (B, H, T, S)
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
+    """The same by whichever is faster: the lines above, or torch's fused kernel, which never holds (T, S) scores."""
+    T, S = q.shape[2], k.shape[2]
+    if 1 < T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512):
+        return attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+
+
+class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
+    """H attentions side by side, each on its own K features, mixed by a last projection.
+
+    With fewer heads of keys and values than of queries (grouped-query attention), the cache shrinks by H / G.
+    Source: Ainslie et al., "GQA", 2023, https://arxiv.org/abs/2305.13245.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, rope: RoPE):
+        super().__init__()
+        self.head_dim = d_model // num_heads
+        self.q_proj = Linear(d_model, num_heads * self.head_dim)
+        self.k_proj = Linear(d_model, num_kv_heads * self.head_dim)
+        self.v_proj = Linear(d_model, num_kv_heads * self.head_dim)
+        self.o_proj = Linear(num_heads * self.head_dim, d_model)
+        self.rope = rope
+
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D) whose tokens stand at positions (T,) → (B, T, D); a cache is read and extended."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H·K) → (B, H, T, K)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.rope(q, positions), self.rope(k, positions)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        if (group := q.shape[1] // k.shape[1]) > 1:  # (B, G, S, K) → (B, H, S, K)
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        y = fast_attention(q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+# ----------------------------------------------------------------------------------------------- TransformerBlock
+
+
+class TransformerBlock(
+    nn.Module
+):  # needs: Linear, RMSNorm, RoPE, SwiGLU, KVCache, attention, fast_attention, MultiheadSelfAttention
+    """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
+
+    Pre-normalization keeps the residual stream x itself free of any scaling, so that deep models train stably.
+    Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        d_ff: int,
+        rope: RoPE,
+        eps: float,
+        dropout: float,
+    ):
+        super().__init__()
+        self.input_layernorm = RMSNorm(d_model, eps)
+        self.self_attn = MultiheadSelfAttention(d_model, num_heads, num_kv_heads, rope)
+        self.post_attention_layernorm = RMSNorm(d_model, eps)
+        self.mlp = SwiGLU(d_model, d_ff)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D) whose tokens stand at positions (T,) → (B, T, D)."""
+        p = self.dropout if self.training and cache is None else 0.0  # generating is never random here
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), positions, cache), p)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), p)
+
+
+# ----------------------------------------------------------------------------------------------------------- Loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """mean over n of -log softmax(x_n Wᵀ)[target_n], without ever holding all the logits.
+
+    Equal, in value and gradient, to F.cross_entropy((x @ weight.T).float(), targets), whose (N, V) numbers would be
+    the largest in memory by far. Here a chunk of rows at a time yields its part of the loss and at once, because
+    ∂loss/∂logits = (softmax - onehot) / N, its part of the gradients; no chunk is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
+        """x (N, D), weight (V, D), targets (N,) → (); with_grad False (evaluation) skips the gradients."""
+        w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
+        rows = min(len(x), max(256, 2**24 // len(w)))  # 64 MiB of float32 logits
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for chunk, target, out in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
+            logits = (chunk @ w.T).float()  # (rows, V)
+            logits -= logits.logsumexp(-1, keepdim=True)  # now log-probabilities
+            total -= logits.gather(-1, target[:, None]).sum()
+            if with_grad:
+                error = logits.exp_()
+                error.scatter_add_(-1, target[:, None], -torch.ones_like(error[:, :1]))
+                error = error.to(
+                    x.dtype
+                )  # between -1 and 1, so that float16 holds it; 1 / N waits for backward
+                torch.mm(error, w, out=out)
+                dw += error.T @ chunk
+        ctx.save_for_backward(dx, dw)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dx, dw = ctx.saved_tensors
+        scale = grad / len(dx)
+        return dx * scale, dw * scale, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # needs: LinearCrossEntropy
+    """LinearCrossEntropy of x (..., D), weight (V, D) and targets (...), in nats; heeds autocast as F.linear would."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), with_grad)
+
+
+# ------------------------------------------------------------------------------------------------------- Sampling
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token from each row of logits (B, V) → (B,), int64. Raises ValueError for settings out of range.
+
+    temperature   divides the logits: below 1 the likely becomes likelier; 0 takes the likeliest
+    top_k         then only the k likeliest can be drawn; None: all
+    top_p         then only the fewest of the likeliest that together hold at least the probability p; None or 1: all
+                  ("nucleus sampling", Holtzman et al., 2019, https://arxiv.org/abs/1904.09751)
+
+    Probabilities (0.5, 0.3, 0.15, 0.05) and top_p = 0.7: before each there lies (0, 0.5, 0.8, 0.95). Where that is
+    below 0.7 the token is kept: the first two, then drawn with probabilities 0.5 / 0.8 and 0.3 / 0.8.
+    """
+    V = logits.shape[-1]
+    top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
+    if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: must be at least 0, at least 1, above 0 and at most 1"
+        )
+    if temperature == 0:
+        return logits.argmax(-1)
+    # The largest becomes 0 first: a tiny temperature then sends the others to -inf, where all would go to inf.
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
+    ids = None
+    if top_k < V or top_p < 1:
+        logits, ids = logits.topk(min(top_k, V))  # (B, k), in descending order
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        before = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(before >= top_p, 0.0)
+    # argmax(p / Exp(1)) is distributed as p, like the winner of a race between exponential clocks. Unlike
+    # torch.multinomial it asks for no normalization and never waits for the GPU.
+    choice = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+# -------------------------------------------------------------------------------------- ModelConfig, TransformerLM
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a TransformerLM. Impossible shapes raise ValueError."""
+
+    vocab_size: int
+    context_length: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None  # None: as many as heads
+    d_ff: int | None = (
+        None  # None: 8/3 of d_model, so that SwiGLU's three matrices cost what two of 4·d_model would
+    )
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False  # one matrix serves as embedding and as output
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.d_ff is None:
+            self.d_ff = 8 * math.ceil(self.d_model / 3)
+        for name in (
+            "vocab_size",
+            "context_length",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "d_ff",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model is {self.d_model}; it must be a multiple of 2·num_heads = {2 * self.num_heads}, because each "
+                "head rotates pairs of features"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads = {self.num_kv_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(
+                f"rope_theta is {self.rope_theta} and norm_eps {self.norm_eps}; both must be above 0"
+            )
+
+
+class TransformerLM(nn.Module):  # needs: everything above
+    """Tokens in, logits of each next token out: embedding, num_layers blocks, norm, and a last linear map.
+
+    State-dict keys are those of Hugging Face's Llama without the prefix `model.`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        rope = RoPE(c.d_model // c.num_heads, c.context_length, c.rope_theta)
+        block = (c.d_model, c.num_heads, c.num_kv_heads, c.d_ff, rope, c.norm_eps, c.dropout)
+        self.embed_tokens = Embedding(c.vocab_size, c.d_model)
+        self.layers = nn.ModuleList(TransformerBlock(*block) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.lm_head = Linear(c.d_model, c.vocab_size)
+        if c.tie_embeddings:
+            self.embed_tokens.weight = self.lm_head.weight
+        # The residual stream sums 2·num_layers branches: scaled so, its variance does not grow with depth (GPT-2).
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
+                layer.mlp.down_proj.weight /= math.sqrt(2 * c.num_layers)
+
+    def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """tokens (B, T), int64 → what the last layer makes of each, (B, T, D); T ≤ context_length."""
+        start = caches[0].length if caches else 0
+        T, limit = tokens.shape[1], self.config.context_length
+        if start + T > limit:
+            raise ValueError(f"{start + T} tokens are more than the context_length of {limit}")
+        positions = torch.arange(start, start + T, device=tokens.device)
+        x = self.embed_tokens(tokens)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = layer(x, positions, cache)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T), int64 → logits (B, T, V); those at t depend on the tokens up to t alone."""
+        return self.lm_head(self.hidden(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, (), float32, of targets (B, T), the tokens (B, T) one step ahead."""
+        return linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+
+    def new_caches(self, batch_size: int) -> list[KVCache]:
+        """An empty KVCache for each layer."""
+        c, weight = self.config, self.lm_head.weight
+        shape = (batch_size, c.num_kv_heads, c.context_length, c.d_model // c.num_heads)
+        return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the tokens that follow prompt (B, P), int64, P ≥ 1: (B,) at a time, as they come.
+
+        A row that has drawn eos_id repeats it; the stream ends when all rows have. When the window is full, its last
+        half is read again into an empty cache and the stream goes on: its length is not limited by context_length.
+        temperature, top_k, top_p: as for sample_token. Raises ValueError where they are out of range.
+        """
+        (B, P), T = prompt.shape, self.config.context_length
+        if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
+            raise ValueError(f"the prompt must hold tokens, each from 0 to {self.config.vocab_size - 1}")
+        tokens = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), 1)
+        caches = self.new_caches(B)
+        done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
+        unread = tokens[:, max(0, P - T) : P]
+        for end in range(P, P + max_new_tokens):
+            if caches[0].length == T:
+                caches = self.new_caches(B)
+                unread = tokens[:, end - max(1, T // 2) : end]
+            logits = self.lm_head(
+                self.hidden(unread, caches)[:, -1]
+            )  # only the last position through the head
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            if eos_id is not None:
+                token = token.masked_fill(done, eos_id)
+                done |= token == eos_id
+            tokens[:, end] = token
+            yield token
+            if eos_id is not None and done.all():
+                return
+            unread = tokens[:, end : end + 1]
+
+    def generate(self, prompt: Tensor, *args, **kwargs) -> Tensor:
+        """prompt (B, P) → (B, P + new), prompt included; the arguments are those of `stream`."""
+        return torch.cat([prompt, *(token[:, None] for token in self.stream(prompt, *args, **kwargs))], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- AdamW
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, for parameters θ with gradients g at step t:
+
+        θ ← θ - η·λ·θ                            decay; only matrices: a gain has no reason to be small
+        m ← β₁·m + (1 - β₁)·g                    mean of the gradients
+        v ← β₂·v + (1 - β₂)·g²                   mean of their squares
+        θ ← θ - η·(m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, https://arxiv.org/abs/1711.05101.
+    lr may be a 0-d tensor: then `torch.compile(optimizer.step)` is one graph whatever the rate.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+            decay = 1 - lr * group["weight_decay"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros((), device=param.device)
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                t, m, v, g = state["step"], state["exp_avg"], state["exp_avg_sq"], param.grad
+                t += 1
+                param.mul_(decay)
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                denominator = (v / (1 - beta2**t)).sqrt_().add_(eps)
+                param.addcmul_(m / denominator, lr / (1 - beta1**t), value=-1)
+        return loss
+
+
+def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """The learning rate of an update: a line up to max_lr, half a cosine down to min_lr, then min_lr.
+
+    Source: Loshchilov and Hutter, "SGDR", 2016, https://arxiv.org/abs/1608.03983, equation 5.
+    """
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    if step >= total_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+# --------------------------------------------------------------------------------------------- MemmapTokenDataset
+
+
+def mix64(*values) -> np.ndarray:
+    """Hash integers (or arrays of them) to uniform uint64: splitmix64's finalizer, folded over the values.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
+    """
+    h = np.uint64(0)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        for value in values:
+            h = (h ^ np.asarray(value, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            h = h ^ (h >> np.uint64(31))
+    return h
+
+
+class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
+    """Windows of context_length + 1 tokens over a file of unsigned little-endian integers that may exceed memory.
+
+    An epoch visits all windows once, in an order of its own. The order is not stored but computed: position i of an
+    epoch is window π(i), where π is a bijection of 0 … n-1 made of steps that can each be undone (add, multiply by an
+    odd number, fold high bits onto low ones) on the next power of two; what lands outside 0 … n-1 is sent on until it
+    lands inside ("cycle walking", Black and Rogaway, 2002).
+    """
+
+    def __init__(self, path: str | os.PathLike, context_length: int, dtype, vocab_size: int | None = None):
+        """Raises ValueError if the file is no whole number of tokens or shorter than a window, OSError if unreadable."""
+        self.path, self.context_length, self.vocab_size = Path(path), context_length, vocab_size
+        dtype = np.dtype(dtype).newbyteorder("<")
+        size, need = self.path.stat().st_size, (context_length + 1) * dtype.itemsize
+        if size % dtype.itemsize:
+            raise ValueError(
+                f"{path}: {size:,} bytes are no whole number of {dtype.name} tokens; prepare it again"
+            )
+        if size < need:
+            raise ValueError(
+                f"{path}: {size // dtype.itemsize:,} tokens are fewer than one window of context_length + 1 = "
+                f"{context_length + 1:,}; use more text or a smaller context_length"
+            )
+        self.tokens = np.memmap(self.path, dtype, mode="r")
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, context_length + 1)  # no copy
+        self.num_windows = max(1, (len(self.tokens) - context_length) // context_length)
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Window `index` → (x, y), each (T,), int64, y one token ahead of x."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        x, y = self.windows(np.array([index * self.context_length]))
+        return x[0], y[0]
+
+    def windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The windows that begin at the tokens `starts` (B,) → (x, y), each (B, T), int64."""
+        rows = self.rows[starts]
+        if self.vocab_size is not None and rows.max() >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0]
+            raise ValueError(
+                f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}, but the vocabulary has "
+                f"{self.vocab_size} entries; prepare the file again with the tokenizer that meta.json names"
+            )
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def batch(
+        self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's batch_size / world_size rows of batch `step` (from 0): a pure function of (seed, step)."""
+        if batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
+        share, n, T = batch_size // world_size, self.num_windows, self.context_length
+        index = step * batch_size + rank * share + np.arange(share, dtype=np.uint64)
+        epoch, index = index // np.uint64(n), index % np.uint64(n)
+        key = mix64(seed, epoch)
+        window = self._shuffle(index, key)
+        offset = mix64(key, 1) % np.uint64(min(T, len(self.tokens) - n * T))
+        return self.windows((window * np.uint64(T) + offset).astype(np.int64))
+
+    def _shuffle(self, index: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """π(index) for each key, both (B,), uint64."""
+        bits = max(1, (self.num_windows - 1).bit_length())
+        mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
+        index = index.copy()
+        outside = np.ones(len(index), dtype=bool)
+        while outside.any():
+            x, k = index[outside], key[outside]
+            for _ in range(3):
+                k = mix64(k)
+                x = ((x + k) * (k >> np.uint64(32) | np.uint64(1))) & mask
+                x ^= x >> half
+            index[outside] = x
+            outside = index >= self.num_windows
+        return index
+
+
+# ---------------------------------------------------------------------------------------------- CheckpointHandler
+
+
+class CheckpointHandler:
+    """Saves and loads dictionaries of tensors and plain values: whole or not at all, and no damaged bit unnoticed.
+
+    A file is what torch.save writes and then the CRC-32 of that, 4 bytes, little-endian, which torch.load ignores.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def save(self, name: str, state: dict) -> None:
+        """Write folder/name. Until that is safe on the disk, the file that it replaces stays. Raises OSError."""
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "w+b") as file:
+                torch.save(state, file)
+                size = file.tell()
+                file.write(self._crc32(file, size))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, name: str, map_location: str | torch.device = "cpu") -> dict:
+        """Read folder/name. Data only: code in it is refused. Raises ValueError if damaged, OSError if unreadable."""
+        path = self.folder / name
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size - 4
+            if size < 0 or self._crc32(file, size) != file.read():
+                raise ValueError(f"{path}: damaged, or no checkpoint at all: its checksum is wrong")
+            file.seek(0)
+            try:
+                return torch.load(file, map_location=map_location, weights_only=True)
+            except (
+                Exception
+            ) as problem:  # of whatever type: the bytes are as they were written, but not by `save`
+                raise ValueError(f"{path}: no checkpoint: {str(problem).splitlines()[0]}") from problem
+
+    @staticmethod
+    def _crc32(file, size: int) -> bytes:
+        """The CRC-32 of the first `size` bytes; leaves the file at their end."""
+        file.seek(0)
+        crc = 0
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            crc, size = zlib.crc32(block, crc), size - len(block)
+        return crc.to_bytes(4, "little")

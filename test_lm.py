@@ -1,0 +1,1189 @@
+"""Every test, grouped as lm.py is; then the scripts, then the README. Run: python -m pytest"""
+
+import ast
+import inspect
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lm
+import prepare
+import sample
+import train
+from lm import (
+    AdamW,
+    CheckpointHandler,
+    Embedding,
+    KVCache,
+    Linear,
+    MemmapTokenDataset,
+    ModelConfig,
+    MultiheadSelfAttention,
+    RMSNorm,
+    RoPE,
+    SwiGLU,
+    TransformerBlock,
+    TransformerLM,
+    attention,
+    fast_attention,
+    linear_cross_entropy,
+    lr_cosine_schedule,
+    sample_token,
+)
+
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def tiny(**changes) -> TransformerLM:
+    shape = {"vocab_size": 61, "context_length": 16, "d_model": 32, "num_layers": 2, "num_heads": 4}
+    return TransformerLM(ModelConfig(**shape | changes))
+
+
+def gradients(loss, model):
+    return dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters()), strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- Linear, Embedding
+
+
+def test_linear_is_torchs_linear_without_bias():
+    ours, theirs = Linear(24, 40), torch.nn.Linear(24, 40, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 5, 24)
+    close(ours(x), theirs(x))
+
+
+def test_linear_starts_at_glorots_variance_and_without_outliers():
+    weight = Linear(300, 500).weight
+    std = math.sqrt(2 / 800)
+    assert weight.abs().max() <= 3 * std
+    assert weight.std().item() == pytest.approx(0.9866 * std, rel=0.01)  # 0.9866: of a normal cut at 3σ
+    assert abs(weight.mean().item()) < 0.01 * std
+
+
+def test_embedding_is_torchs_embedding():
+    ours, theirs = Embedding(50, 16), torch.nn.Embedding(50, 16)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.randint(50, (3, 7))
+    close(ours(tokens), theirs(tokens))
+
+
+def test_residual_projections_start_smaller_by_the_root_of_their_number():
+    model = tiny(d_model=128, num_layers=8)
+    for layer in model.layers:
+        for inner, outer in (
+            (layer.self_attn.q_proj, layer.self_attn.o_proj),
+            (layer.mlp.up_proj, layer.mlp.down_proj),
+        ):
+            ratio = outer.weight.std() / inner.weight.std()
+            assert ratio.item() == pytest.approx(1 / math.sqrt(2 * 8), rel=0.05)
+
+
+# -------------------------------------------------------------------------------------------------------- RMSNorm
+
+
+def test_rmsnorm_is_torchs_rmsnorm_and_its_gradients():
+    ours, theirs = RMSNorm(32, 1e-5), torch.nn.RMSNorm(32, 1e-5)
+    with torch.no_grad():
+        ours.weight.uniform_(0.5, 2)
+        theirs.weight.copy_(ours.weight)
+    x, g = torch.randn(4, 6, 32, requires_grad=True), torch.randn(4, 6, 32)
+    close(ours(x), theirs(x))
+    for a, b in zip(
+        torch.autograd.grad(ours(x), [x, ours.weight], g),
+        torch.autograd.grad(theirs(x), [x, theirs.weight], g),
+        strict=True,
+    ):
+        close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rmsnorm_computes_in_float32_and_returns_its_inputs_dtype(dtype):
+    norm, x = RMSNorm(64, 1e-5), (1000 * torch.randn(4, 64)).to(dtype)  # squares overflow float16
+    y = norm(x)
+    exact = x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- RoPE
+
+
+def test_rope_multiplies_pairs_of_halves_by_complex_phases():
+    K, theta, positions = 8, 500.0, torch.tensor([0, 3, 11, 40])
+    x = torch.randn(2, 3, 4, K)
+    z = torch.complex(x[..., : K // 2].double(), x[..., K // 2 :].double())
+    angle = positions[:, None].double() * theta ** (-2 * torch.arange(K // 2).double() / K)
+    z = z * torch.polar(torch.ones_like(angle), angle)
+    close(RoPE(K, 41, theta)(x, positions), torch.cat((z.real, z.imag), -1).float())
+
+
+def test_rope_makes_dot_products_depend_on_distance_alone():
+    rope, q, k = RoPE(16, 100, 10000.0), torch.randn(1, 16), torch.randn(1, 16)
+    dots = [(rope(q, torch.tensor([t + 7])) * rope(k, torch.tensor([t]))).sum() for t in (0, 5, 31, 92)]
+    for dot in dots[1:]:
+        close(dot, dots[0], 1e-4)
+    assert abs((rope(q, torch.tensor([8])) * rope(k, torch.tensor([0]))).sum() - dots[0]) > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def test_swiglu_is_its_formula_in_float64():
+    mlp, x = SwiGLU(16, 40), torch.randn(3, 5, 16)
+    gate, up, down = (p.double() for p in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight))
+    g = x.double() @ gate.T
+    close(mlp(x), ((g / (1 + torch.exp(-g)) * (x.double() @ up.T)) @ down.T).float())
+
+
+# -------------------------------------------------------------------------------------------- KVCache, Attention
+
+
+def test_kvcache_returns_all_that_it_was_given_in_order():
+    cache, k, v = (
+        KVCache((2, 3, 10, 4), torch.float32, "cpu"),
+        torch.randn(2, 3, 9, 4),
+        torch.randn(2, 3, 9, 4),
+    )
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        keys, values = cache.update(k[:, :, start:end], v[:, :, start:end])
+        assert torch.equal(keys, k[:, :, :end]) and torch.equal(values, v[:, :, :end]) and cache.length == end
+
+
+def attention_loop(q, k, v):
+    """One query at a time, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    T, S, K = q.shape[2], k.shape[2], q.shape[3]
+    out = torch.empty_like(q)
+    for t in range(T):
+        end = S - T + t + 1
+        weights = torch.exp(torch.einsum("bhk,bhsk->bhs", q[:, :, t], k[:, :, :end]) / K**0.5)
+        out[:, :, t] = torch.einsum("bhs,bhsk->bhk", weights / weights.sum(-1, keepdim=True), v[:, :, :end])
+    return out
+
+
+@pytest.mark.parametrize("T,S", [(1, 1), (7, 7), (1, 9), (4, 9)])
+def test_plain_attention_and_the_fused_kernel_are_the_formula_gradients_included(T, S):
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (T, S, S))
+    g = torch.randn(2, 3, T, 8)
+    expected = torch.autograd.grad(attention_loop(q, k, v), [q, k, v], g.double())
+    for implementation in (attention, fast_attention):
+        close(implementation(q, k, v), attention_loop(q, k, v).float())
+        for a, b in zip(torch.autograd.grad(implementation(q, k, v), [q, k, v], g), expected, strict=True):
+            close(a, b)
+
+
+def test_both_attentions_are_really_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(lm, "attention", lambda *a: calls.append("plain") or attention(*a))
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append("fused") or real(*a, **k)
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        fast_attention(*(torch.randn(1, 2, 1024, 8, dtype=dtype) for _ in range(3)))
+        fast_attention(*(torch.randn(1, 2, 64, 8, dtype=dtype) for _ in range(3)))
+    assert calls == ["fused", "plain", "fused", "fused"]
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_multihead_attention_is_torchs_with_rope_and_grouped_heads(num_kv_heads):
+    """torch.nn.MultiheadAttention has no RoPE; position 0 rotates by nothing, and its weights are stacked."""
+    D, H, K = 32, 4, 8
+    ours = MultiheadSelfAttention(D, H, num_kv_heads, RoPE(K, 16, 10000.0))
+    theirs = torch.nn.MultiheadAttention(D, H, bias=False, batch_first=True)
+    repeat = [
+        w.view(-1, K, D).repeat_interleave(H // num_kv_heads, 0).flatten(0, 1)
+        for w in (ours.k_proj.weight, ours.v_proj.weight)
+    ]
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q_proj.weight, *repeat]))
+        theirs.out_proj.weight.copy_(ours.o_proj.weight)
+    x = torch.randn(2, 9, D)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9)
+    close(ours(x, torch.zeros(9, dtype=torch.int64)), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_dropout_drops_the_two_residual_branches_alone():
+    block = TransformerBlock(32, 4, 4, 64, RoPE(8, 16, 10000.0), 1e-5, 0.5)
+    x, positions = torch.randn(64, 8, 32), torch.arange(8)
+    block.mlp.down_proj.weight.data.zero_()
+    branch = block.eval()(x, positions) - x
+    dropped = block.train()(x, positions) - x
+    zero = dropped == 0
+    assert 0.45 < zero.float().mean() < 0.55
+    close(dropped[~zero], 2 * branch[~zero])
+
+
+# -------------------------------------------------------------------------------------- ModelConfig, TransformerLM
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [
+        ({"num_heads": 3}, "d_model"),
+        ({"d_model": 12, "num_heads": 4}, "d_model"),  # heads of 3 features have no pairs
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"d_ff": -1}, "d_ff"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(changes, named):
+    with pytest.raises(ValueError, match=named):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize("d_model,d_ff", [(128, 344), (192, 512), (288, 768), (4096, 10928)])
+def test_d_ff_is_eight_thirds_of_d_model_rounded_up_to_a_multiple_of_eight(d_model, d_ff):
+    assert ModelConfig(10, 10, d_model, 1, 4).d_ff == d_ff
+
+
+def reference(model):
+    """transformers' LlamaForCausalLM with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.d_ff,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            max_position_embeddings=c.context_length,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tie_embeddings,
+        )
+    )
+    state = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in model.state_dict().items()}
+    theirs.load_state_dict(state, strict=True)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 2, "rope_theta": 500.0}, {"num_kv_heads": 1, "tie_embeddings": True}]
+)
+def test_the_model_is_transformers_llama_in_logits_loss_and_gradients(changes):
+    model = tiny(**changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.uniform_(0.5, 1.5)  # gains of 1 would hide a missing one
+    theirs, tokens = reference(model), torch.randint(61, (3, 17))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    close(model(x), theirs(x).logits, 1e-5)
+    ours_loss, their_loss = model.loss(x, y), theirs(x, labels=x, shift_labels=y).loss
+    close(ours_loss, their_loss)
+    expected = {k.removeprefix("model."): v for k, v in gradients(their_loss, theirs).items()}
+    actual = gradients(ours_loss, model)
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}"
+        )
+
+
+def test_a_token_changes_no_logit_before_it():
+    model, tokens = tiny(), torch.randint(61, (1, 16))
+    before = model(tokens)
+    for t in (0, 7, 15):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % 61
+        after = model(changed)
+        close(after[:, :t], before[:, :t], 1e-6)
+        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-4
+
+
+def test_more_tokens_than_the_window_are_refused():
+    with pytest.raises(ValueError, match="context_length"):
+        tiny()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+# ----------------------------------------------------------------------------------------------------------- Loss
+
+
+@pytest.mark.parametrize("rows,vocab", [(7, 11), (300, 70_000), (600, 70_000)])  # one chunk, two, three
+def test_the_chunked_loss_is_cross_entropy_in_value_and_gradient(rows, vocab):
+    x, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    targets = torch.randint(vocab, (rows,))
+    ours, theirs = linear_cross_entropy(x, weight, targets), F.cross_entropy(x @ weight.T, targets)
+    close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(3 * ours, [x, weight]), torch.autograd.grad(3 * theirs, [x, weight]), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_chunked_loss_heeds_autocast_as_linear_would(dtype):
+    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(97, 32, requires_grad=True)
+    targets = torch.randint(97, (64,))
+    with torch.autocast("cpu", dtype):
+        ours, theirs = (
+            linear_cross_entropy(x, weight, targets),
+            F.cross_entropy(F.linear(x, weight).float(), targets),
+        )
+    assert ours.dtype == torch.float32
+    close(ours, theirs, 1e-6)
+    exact = torch.autograd.grad(F.cross_entropy(x @ weight.T, targets), [x, weight])
+    for a, b in zip(torch.autograd.grad(ours, [x, weight]), exact, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 4 * torch.finfo(dtype).eps * b.norm()
+
+
+def test_the_chunked_loss_is_the_same_without_gradients_and_forms_none():
+    x, weight, targets = torch.randn(9, 8), torch.randn(11, 8, requires_grad=True), torch.randint(11, (9,))
+    with torch.no_grad():
+        alone = linear_cross_entropy(x, weight, targets)
+    assert not alone.requires_grad
+    close(alone, F.cross_entropy(x @ weight.T, targets))
+
+
+# ------------------------------------------------------------------------------------------------------- Sampling
+
+
+def drawn(probabilities, draws=4000, **settings):
+    """How often each token is drawn from these probabilities."""
+    logits = torch.log(torch.tensor(probabilities)).expand(draws, -1)
+    tokens = sample_token(logits, generator=torch.Generator().manual_seed(0), **settings)
+    return (torch.bincount(tokens, minlength=len(probabilities)) / draws).tolist()
+
+
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        ({}, [0.15, 0.5, 0.05, 0.3]),
+        ({"temperature": 0.5}, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0]),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 2}, [0, 0.625, 0, 0.375]),
+        ({"top_k": 9}, [0.15, 0.5, 0.05, 0.3]),
+        ({"top_p": 0.7}, [0, 0.625, 0, 0.375]),  # the docstring's example
+        ({"top_p": 0.81}, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_p": 1.0}, [0.15, 0.5, 0.05, 0.3]),
+        (
+            {"top_k": 3, "top_p": 0.6},
+            [0, 0.625, 0, 0.375],
+        ),  # of the three's mass, 0.526 comes before the second
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.68}, [0, 1, 0, 0]),  # 0.25 / 0.3625 = 0.69
+    ],
+)
+def test_temperature_top_k_and_top_p_on_distributions_worked_by_hand(settings, expected):
+    actual = drawn([0.15, 0.5, 0.05, 0.3], **settings)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a == 0) == (b == 0) and abs(a - b) < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_top_k_keeps_exactly_k_of_tied_tokens():
+    assert sum(f > 0 for f in drawn([0.1] * 10, top_k=3)) == 3
+
+
+def test_top_p_of_one_keeps_tokens_that_a_float32_sum_would_lose():
+    logits = torch.full((1, 100_000), -20.0)
+    logits[0, 0] = 0.0
+    rest = sum(
+        sample_token(logits, top_p=1.0, generator=torch.Generator().manual_seed(i)).item() > 0
+        for i in range(300)
+    )
+    assert rest == 0 or rest < 5  # 2e-4 of the mass
+    logits = torch.zeros(2000, 50_000)
+    tokens = sample_token(logits, top_p=1.0)
+    assert tokens.max() > 49_000 and tokens.min() < 1000
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="must be"):
+        sample_token(torch.zeros(1, 5), **settings)
+
+
+# ------------------------------------------------------------------------------------------------ stream, generate
+
+
+@pytest.mark.parametrize("chunks", [[16], [1] * 16, [5, 1, 1, 9], [3, 4, 9]])
+def test_cached_logits_are_the_full_forwards_at_every_position(chunks):
+    model, tokens = tiny(num_kv_heads=2).eval(), torch.randint(61, (3, 16))
+    caches = model.new_caches(3)
+    pieces = [model.lm_head(model.hidden(piece, caches)) for piece in tokens.split(chunks, 1)]
+    close(torch.cat(pieces, 1), model(tokens))
+
+
+def test_generation_past_the_window_is_the_argmax_of_full_forwards():
+    model, T = tiny(tie_embeddings=True).eval(), 16
+    sequence = torch.randint(61, (2, 5))
+    actual = model.generate(sequence, 60, temperature=0)
+    start = 0
+    for _ in range(60):
+        if sequence.shape[1] - start > T:  # the window is full: its last half is read again
+            start = sequence.shape[1] - T // 2
+        token = model(sequence[:, start:])[:, -1].argmax(-1)
+        sequence = torch.cat((sequence, token[:, None]), 1)
+    assert torch.equal(actual, sequence)
+
+
+def test_a_prompt_longer_than_the_window_keeps_its_end():
+    model, prompt = tiny().eval(), torch.randint(61, (1, 40))
+    assert torch.equal(
+        model.generate(prompt, 3, temperature=0)[:, 40:],
+        model.generate(prompt[:, -16:], 3, temperature=0)[:, 16:],
+    )
+
+
+def test_the_same_generator_seed_draws_the_same_tokens_and_no_global_state_is_touched():
+    model, prompt = tiny(), torch.randint(61, (2, 3))
+    state = torch.get_rng_state()
+    a, b, c = (model.generate(prompt, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(a[:, :3], prompt) and a.shape == (2, 23)
+
+
+def test_finished_rows_repeat_eos_and_the_stream_ends_when_all_have_finished():
+    model, prompt, generator = tiny(vocab_size=4), torch.randint(4, (8, 2)), torch.Generator().manual_seed(0)
+    out = model.generate(prompt, 500, eos_id=0, generator=generator)[:, 2:]
+    ends = [row.tolist().index(0) for row in out]
+    assert len(set(ends)) > 1 and out.shape[1] == max(ends) + 1
+    for row, end in zip(out, ends, strict=True):
+        assert (row[end:] == 0).all()
+
+
+def test_generation_ignores_dropout_and_leaves_the_mode_as_it_was():
+    model, prompt = tiny(dropout=0.5).train(), torch.randint(61, (2, 3))
+    a, b = (model.generate(prompt, 10, temperature=0) for _ in range(2))
+    assert torch.equal(a, b) and model.training
+
+
+def test_generated_tokens_can_be_trained_on():
+    model = tiny()
+    out = model.generate(torch.randint(61, (2, 3)), 10)
+    model.loss(out[:, :-1], out[:, 1:]).backward()
+    assert model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "prompt", [torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[61]]), torch.tensor([[-1]])]
+)
+def test_prompts_without_tokens_or_with_unknown_ones_are_refused(prompt):
+    with pytest.raises(ValueError, match="prompt"):
+        tiny().generate(prompt, 1)
+
+
+# ------------------------------------------------------------------------------------ AdamW, lr_cosine_schedule
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_adamw_is_torchs_over_100_steps_and_a_saved_state(kind):
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in ((7, 5), (5,), ())]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    rate = (lambda r: torch.tensor(r)) if kind == "tensor" else (lambda r: r)
+
+    def make(params, optimizer, **kw):
+        return optimizer(
+            [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0}],
+            lr=rate(1e-2),
+            **settings,
+            **kw,
+        )
+
+    a, b = make(ours, AdamW), make(theirs, torch.optim.AdamW, foreach=False)
+    for step in range(100):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) * 10 ** (step % 5 - 4)
+            q.grad = p.grad.clone()
+        for optimizer in (a, b):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(1e-2 * (1 + step % 3))
+            optimizer.step()
+        if step == 50:  # the state goes through a file into a fresh optimizer
+            file = io.BytesIO()
+            torch.save(a.state_dict(), file)
+            file.seek(0)
+            a = make(ours, AdamW)
+            a.load_state_dict(torch.load(file, weights_only=True))
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q, 1e-6)
+
+
+def test_adamw_leaves_parameters_without_gradients_alone():
+    p = torch.nn.Parameter(torch.ones(3))
+    AdamW([p]).step()
+    assert torch.equal(p, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "step,rate",
+    [
+        (0, 0.0),
+        (1, 0.1),
+        (5, 0.5),
+        (10, 1.0),
+        (60, 0.55),
+        (35, 0.1 + 0.45 * (1 + math.sqrt(0.5))),
+        (110, 0.1),
+        (10**6, 0.1),
+    ],
+)
+def test_the_schedule_is_its_table(step, rate):
+    assert lr_cosine_schedule(step, 1.0, 0.1, 10, 110) == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_schedule_without_warmup_begins_at_the_top():
+    assert lr_cosine_schedule(0, 1.0, 0.0, 0, 10) == 1.0 and lr_cosine_schedule(10, 1.0, 0.0, 10, 10) == 0.0
+
+
+# --------------------------------------------------------------------------------------------- MemmapTokenDataset
+
+
+def arange_file(path, count, dtype="uint16"):
+    np.arange(count).astype(dtype).tofile(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "count,T", [(9, 8), (10, 8), (16, 8), (17, 8), (24, 8), (25, 8), (1000, 7), (1001, 16), (500, 1)]
+)
+def test_an_epoch_visits_every_window_once_in_a_fresh_order(tmp_path, count, T):
+    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", count), T, "uint16")
+    n = max(1, (count - T) // T)
+    assert len(data) == n
+    orders = []
+    for epoch in range(4):
+        starts = []
+        for i in range(n):
+            x, y = data.batch(epoch * n + i, 1, seed=3)
+            assert x.shape == (1, T) and x.dtype == torch.int64 and torch.equal(y, x + 1)
+            assert torch.equal(x[0], torch.arange(x[0, 0].item(), x[0, 0].item() + T))
+            starts.append(x[0, 0].item())
+        offset = min(starts)
+        assert offset < min(T, count - n * T)
+        assert sorted(starts) == [offset + i * T for i in range(n)]
+        orders.append(tuple(s - offset for s in starts))
+    assert n < 5 or len(set(orders)) == 4
+    assert all(torch.equal(data[i][0], torch.arange(i * T, i * T + T)) for i in range(n))
+
+
+def test_a_shuffle_spreads_each_window_over_all_places(tmp_path):
+    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 11 * 4 + 4), 4, "uint16")
+    counts = np.zeros((11, 11))
+    for epoch in range(1100):
+        key = np.broadcast_to(lm.mix64(0, epoch), 11)
+        counts[np.arange(11), data._shuffle(np.arange(11, dtype=np.uint64), key).astype(int)] += 1
+    chi2 = ((counts - 100) ** 2 / 100).sum()
+    assert chi2 < 100 + 5 * math.sqrt(200)  # 100 degrees of freedom, five standard deviations
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_ranks_are_disjoint_and_their_union_is_the_single_ranks_batch(tmp_path, world_size):
+    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 1000), 8, "uint16")
+    for step in (0, 19, 20, 21):  # batch 20 straddles two epochs
+        whole = data.batch(step, 6, seed=1)[0]
+        parts = [data.batch(step, 6, 1, rank, world_size)[0] for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), whole)
+    with pytest.raises(ValueError, match="batch_size 7 .* 2"):
+        data.batch(0, 7, 0, 0, 2)
+
+
+def test_batches_depend_on_seed_and_step_alone(tmp_path):
+    path = arange_file(tmp_path / "t.bin", 1000)
+    a, b = (MemmapTokenDataset(path, 8, "uint16") for _ in range(2))
+    a.batch(3, 4, seed=0)
+    assert torch.equal(a.batch(7, 4, seed=5)[0], b.batch(7, 4, seed=5)[0])
+    assert not torch.equal(a.batch(7, 4, seed=5)[0], b.batch(7, 4, seed=6)[0])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_the_largest_token_of_each_dtype_survives(tmp_path, dtype):
+    largest = np.iinfo(dtype).max
+    np.full(9, largest, dtype).tofile(tmp_path / "t.bin")
+    x, y = MemmapTokenDataset(tmp_path / "t.bin", 8, dtype)[0]
+    assert x.tolist() == y.tolist() == [largest] * 8
+
+
+def test_files_that_are_not_what_they_seem_are_refused(tmp_path):
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match="odd.bin: 3 bytes"):
+        MemmapTokenDataset(tmp_path / "odd.bin", 1, "uint16")
+    for count in (0, 8):
+        with pytest.raises(ValueError, match=f"{count} tokens are fewer"):
+            MemmapTokenDataset(arange_file(tmp_path / "short.bin", count), 8, "uint16")
+    with pytest.raises(OSError):
+        MemmapTokenDataset(tmp_path / "missing.bin", 8, "uint16")
+    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 100), 8, "uint16", vocab_size=42)
+    with pytest.raises(ValueError, match=r"t.bin: token 42 is 42, .* 42 entries"):
+        data[5]
+    assert data[4][1].max() == 40
+
+
+# ---------------------------------------------------------------------------------------------- CheckpointHandler
+
+
+def test_a_checkpoint_returns_what_was_saved(tmp_path):
+    state = {
+        "model": tiny().state_dict(),
+        "step": 3,
+        "best": math.inf,
+        "name": "ü",
+        "none": None,
+        "list": [1, (2.5, True)],
+    }
+    handler = CheckpointHandler(tmp_path / "new")
+    handler.save("a.pt", state)
+    loaded = handler.load("a.pt")
+    assert {k: v for k, v in loaded.items() if k != "model"} == {
+        k: v for k, v in state.items() if k != "model"
+    }
+    assert all(torch.equal(loaded["model"][k], v) for k, v in state["model"].items())
+    assert (
+        torch.load(tmp_path / "new/a.pt", weights_only=True)["step"] == 3
+    )  # the checksum does not disturb torch
+    assert os.listdir(tmp_path / "new") == ["a.pt"]
+
+
+def test_damage_and_code_are_refused_and_the_file_is_named(tmp_path):
+    handler = CheckpointHandler(tmp_path)
+    handler.save("a.pt", {"x": torch.randn(50)})
+    good = (tmp_path / "a.pt").read_bytes()
+    rng = np.random.default_rng(0)
+    bits = {int(b) for b in rng.integers(0, 8 * len(good), 200)}
+    damaged = [good[:-1], good[:100], b"", b"abc", good + b"\0"]
+    damaged += [good[: b // 8] + bytes([good[b // 8] ^ 1 << b % 8]) + good[b // 8 + 1 :] for b in bits]
+    for content in damaged:
+        (tmp_path / "a.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="a.pt"):
+            handler.load("a.pt")
+    handler.save("code.pt", {"x": Path})  # a class is code, whatever its checksum
+    with pytest.raises(ValueError, match="code.pt: no checkpoint"):
+        handler.load("code.pt")
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
+    handler = CheckpointHandler(tmp_path)
+    handler.save("a.pt", {"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        handler.save("a.pt", {"step": 2})
+    assert handler.load("a.pt") == {"step": 1} and os.listdir(tmp_path) == ["a.pt"]
+
+
+# ------------------------------------------------------------------------------------------- Copying out of lm.py
+
+
+def definitions():
+    """{name: source} of each class and function at the top level of lm.py."""
+    source = (ROOT / "lm.py").read_text()
+    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
+    lines = source.splitlines()
+    return {
+        n.name: "\n".join(lines[min([n.lineno, *(d.lineno for d in n.decorator_list)]) - 1 : n.end_lineno])
+        for n in nodes
+    }
+
+
+IMPORTS = "\n".join(
+    line for line in (ROOT / "lm.py").read_text().splitlines() if re.match(r"(import|from) ", line)
+)
+
+
+@pytest.mark.parametrize("name", definitions())
+def test_each_class_and_function_can_be_copied_out_with_what_its_first_comment_names(name):
+    sources = definitions()
+    first_comment = re.search(r"# needs: (.*)", sources[name].split('"""')[0])
+    needs = first_comment[1].split(", ") if first_comment else []
+    if needs == ["everything above"]:
+        needs = list(sources)[: list(sources).index(name)]
+    module = types.ModuleType("copied")
+    exec("\n\n".join([IMPORTS, *(sources[n] for n in needs), sources[name]]), module.__dict__)  # noqa: S102
+    unknown = {n for n in names_used(sources[name]) if n in sources and n not in module.__dict__}
+    assert not unknown, f"{name} uses {unknown}, which its comment does not name"
+    assert set(needs) <= names_used("\n".join(sources[n] for n in [*needs, name])), (
+        "the comment names too much"
+    )
+
+
+def names_used(source):
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
+# ------------------------------------------------------------------------------------- The command line, prepare.py
+
+TEXT = "".join(
+    f"{i} green bottles, standing on the wall; if one should fall, {i - 1} remain.\n"
+    for i in range(120, 0, -1)
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder that holds TEXT and, in data/, its tokens; the scripts' functions run in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    prepare.main(["text.txt"])
+    return tmp_path
+
+
+def command(*words, stdin=b"", cwd=None, status=0):
+    """Run a script as a person would; return what it prints."""
+    script, *rest = words
+    result = subprocess.run(
+        [sys.executable, ROOT / script, *rest], input=stdin, capture_output=True, cwd=cwd, timeout=120
+    )
+    assert result.returncode == status, result.stderr.decode()
+    return result.stdout.decode() if status == 0 else result.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "arg,key,value",
+    [
+        ("--max_lr=1", "max_lr", 1.0),
+        ("--max_steps=1e4", "max_steps", 10_000),
+        ("--compile=False", "compile", False),
+        ("--compile=auto", "compile", "auto"),
+        ("--resume=true", "resume", True),
+        ("--dtype=BFloat16", "dtype", "bfloat16"),
+        ("--out_dir=a=b", "out_dir", "a=b"),
+        ("--num_kv_heads=none", "num_kv_heads", None),
+        ("--num_kv_heads=2", "num_kv_heads", 2),
+        ("--seed=9007199254740993", "seed", 9007199254740993),
+        ("--wandb_project=", "wandb_project", ""),
+    ],
+)
+def test_keys_are_typed_as_the_dataclass_says(arg, key, value):
+    given, words = prepare.parse_args(train.TrainConfig, [arg, "word"], "")
+    assert given == {key: value} and type(given[key]) is type(value) and words == ["word"]
+
+
+@pytest.mark.parametrize(
+    "arg,message",
+    [
+        ("--max_step=3", "--max_step: no such key; did you mean --max_steps"),
+        ("--max_steps=1.5", "--max_steps=1.5: must be a whole number"),
+        ("--max_steps=many", "--max_steps=many: must be of type int"),
+        ("--max_steps=inf", "--max_steps=inf: must be"),
+        ("--dtype=int8", "--dtype=int8: must be one of auto, float32"),
+        ("--resume=maybe", "--resume=maybe: must be one of True, False"),
+        ("--resume", "--resume: give its value as --resume=VALUE"),
+    ],
+)
+def test_keys_that_cannot_be_understood_are_refused(arg, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare.parse_args(train.TrainConfig, [arg], "")
+
+
+@pytest.mark.parametrize("script", [prepare, train, sample])
+def test_help_lists_every_key_with_its_default_and_meaning(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    config = {prepare: prepare.PrepareConfig, train: train.TrainConfig, sample: sample.SampleConfig}[script]
+    out = capsys.readouterr().out
+    for name, field in config.__dataclass_fields__.items():
+        assert re.search(rf"^  --{name}={re.escape(str(field.default))} +\w", out, re.MULTILINE), name
+
+
+def read_tokens(path):
+    return np.fromfile(path, np.uint8).tobytes()
+
+
+def test_of_one_document_the_last_tenth_is_held_out(folder):
+    data, cut = TEXT.encode(), len(TEXT) - len(TEXT) // 10
+    assert read_tokens("data/train.bin") == data[:cut] and read_tokens("data/val.bin") == data[cut:]
+    meta = json.loads(Path("data/meta.json").read_text())
+    assert (
+        meta["vocab_size"] == 256
+        and meta["dtype"] == "uint8"
+        and meta["eos_id"] == 0
+        and meta["source"] == "text.txt"
+    )
+    assert (
+        meta["train_tokens"] == meta["train_bytes"] == cut
+        and meta["val_tokens"] == meta["val_bytes"] == len(data) - cut
+    )
+
+
+def test_of_many_documents_every_tenth_is_held_out_and_byte_0_stands_between(tmp_path):
+    for i in range(20):
+        (tmp_path / "in" / f"{i // 10}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"{i // 10}" / f"{i:02}.txt").write_bytes(f"doc {i}".encode())
+    prepare.main([str(tmp_path / "in"), f"--out_dir={tmp_path / 'data'}"])
+    assert read_tokens(tmp_path / "data/val.bin") == b"doc 9\0doc 19"
+    assert read_tokens(tmp_path / "data/train.bin") == b"\0".join(
+        b"doc %d" % i for i in range(20) if i % 10 != 9
+    )
+    meta = prepare.load_meta(tmp_path / "data")
+    assert (meta["val_tokens"], meta["val_bytes"]) == (12, 11)
+
+
+def test_standard_input_and_any_bytes_are_text(tmp_path):
+    data = bytes(range(256)) * 20
+    command("prepare.py", "-", f"--out_dir={tmp_path}", "--val_fraction=0.25", stdin=data)
+    assert read_tokens(tmp_path / "train.bin") + read_tokens(tmp_path / "val.bin") == data
+    assert (tmp_path / "val.bin").stat().st_size == len(data) // 4
+
+
+def test_what_cannot_be_prepared_is_refused_and_the_old_data_stays(folder):
+    before = {p.name: p.read_bytes() for p in Path("data").iterdir()}
+    Path("empty.txt").touch()
+    for argument in ("missing.txt", "empty.txt", "--val_fraction=1"):
+        with pytest.raises(ValueError, match=argument):
+            prepare.main([argument])
+    assert {p.name: p.read_bytes() for p in Path("data").iterdir()} == before
+
+
+def test_the_standard_library_is_split_by_whole_modules():
+    documents = prepare.standard_library()
+    tops = {
+        held_out: {
+            str(p.relative_to(ast.__file__.rsplit("/", 1)[0])).split("/")[0]
+            for p, h in documents
+            if h == held_out
+        }
+        for held_out in (True, False)
+    }
+    size = {
+        held_out: sum(p.stat().st_size for p, h in documents if h == held_out) for held_out in (True, False)
+    }
+    assert not tops[True] & tops[False]
+    assert 0.05 < size[True] / sum(size.values()) < 0.2 and sum(size.values()) > 4e6
+    assert not any(re.search("/(tests?|site-packages|encodings|idlelib)/", str(p)) for p, _ in documents)
+
+
+def test_the_byte_tokenizer_returns_any_text_and_holds_broken_characters_back():
+    tokenizer = prepare.ByteTokenizer()
+    text = "naïve 東京 🙂\n"
+    ids = tokenizer.encode(text.encode()).tolist()
+    pieces = list(tokenizer.decode(ids))
+    assert "".join(pieces) == text and pieces[2:4] == ["", "ï"] and "�" not in "".join(pieces)
+    assert "".join(tokenizer.decode(ids[:-2])).endswith("�")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"vocab_size": 256}', None])
+def test_a_missing_or_damaged_meta_json_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match="meta.json: .*prepare"):
+        prepare.load_meta(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- train.py
+
+SMALL = [
+    "--context_length=16",
+    "--d_model=16",
+    "--num_layers=1",
+    "--num_heads=2",
+    "--batch_size=8",
+    "--eval_tokens=64",
+]
+SMALL += ["--device=cpu", "--dtype=float32", "--max_lr=1e-2", "--eval_interval=4", "--log_interval=1"]
+
+
+def manager(*args, **kwargs) -> train.TrainManager:
+    given, _ = prepare.parse_args(train.TrainConfig, [*SMALL, *args], "")
+    return train.TrainManager(
+        train.TrainConfig(**given | {"vocab_size": 256}), prepare.load_meta("data"), **kwargs
+    )
+
+
+def metrics(out_dir="out"):
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_run_overfits_a_short_text(folder):
+    Path("short.txt").write_text("the quick brown fox jumps over the lazy dog; " * 8)
+    prepare.main(["short.txt"])
+    train.main([*SMALL, "--d_model=32", "--max_steps=250", "--log_interval=50", "--eval_interval=250"])
+    assert metrics()[-1]["val_loss"] < 0.05
+    assert metrics()[-1]["val_bpb"] == pytest.approx(metrics()[-1]["val_loss"] / math.log(2))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
+def test_a_run_interrupted_at_any_update_and_resumed_equals_the_uninterrupted_one(folder, monkeypatch, at):
+    args = [*SMALL, "--max_steps=9", "--dropout=0.2", "--checkpoint_interval=2", "--micro_batch_size=4"]
+    train.main([*args, "--out_dir=whole"])
+    real = train.TrainManager.update
+
+    def interrupted(self):
+        if self.step + 1 == at:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(train.TrainManager, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*args, "--out_dir=out"])
+    monkeypatch.setattr(train.TrainManager, "update", real)
+    torch.rand(at)  # the state of the global generator does not matter
+    if at > 2:
+        train.main(["--resume=True", "--device=cpu", "--dtype=float32", "--micro_batch_size=4"])
+    else:
+        train.main([*args, "--out_dir=out"])  # nothing was saved yet: begin again
+    a, b = (CheckpointHandler(name).load("last.pt") for name in ("whole", "out"))
+    a["config"]["out_dir"] = "out"
+    assert same(a, {**b, "config": {**b["config"], "resume": False}})
+    untimed = [
+        [{k: v for k, v in line.items() if k not in ("tokens_per_second", "config")} for line in metrics(o)]
+        for o in ("whole", "out")
+    ]
+    assert untimed[0] == untimed[1] and len(untimed[0]) == 1 + 9 + 3
+
+
+def test_resuming_takes_the_runs_keys_and_refuses_those_that_shape_it(folder):
+    train.main([*SMALL, "--max_steps=2"])
+    for arg in ("--d_model=32", "--batch_size=4", "--seed=1"):
+        with pytest.raises(ValueError, match=f"{arg}: the run in out has"):
+            train.main(["--resume=True", arg])
+    train.main(["--resume=True", "--max_steps=4", "--max_lr=0.5", "--d_model=16", "--device=cpu"])
+    state = CheckpointHandler("out").load("last.pt")
+    assert state["step"] == 4 and state["config"]["max_lr"] == 0.5 and state["config"]["context_length"] == 16
+
+
+def test_a_run_is_never_overwritten(folder):
+    train.main([*SMALL, "--max_steps=1"])
+    with pytest.raises(ValueError, match=r"out/last.pt .*--resume=True --out_dir=out .*--out_dir=out-2"):
+        train.main([*SMALL, "--max_steps=1"])
+
+
+def test_accumulation_changes_neither_loss_nor_gradient_nor_weights(folder):
+    results = []
+    for micro in (8, 4, 2, 3):
+        m = manager(f"--micro_batch_size={micro}", "--grad_clip=0.1")
+        loss, norm = m.update()
+        results.append((loss, norm, torch.cat([p.detach().flatten() for p in m.params])))
+    for other in results[1:]:
+        close(other, results[0], 1e-6)
+
+
+def test_an_update_is_torchs_adamw_on_the_clipped_gradient(folder):
+    m, theirs = manager("--grad_clip=0.25", "--warmup_steps=4", "--weight_decay=0.5"), manager()
+    theirs.model.load_state_dict(m.model.state_dict())
+    groups = [
+        {"params": g["params"], "weight_decay": 0.5 * (g["params"][0].ndim > 1)}
+        for g in theirs.optimizer.param_groups
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, m.config.beta2))
+    for step in range(1, 6):
+        x, y = theirs.train_data.batch(step - 1, 8, 0)
+        loss = F.cross_entropy(theirs.model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.params, 0.25)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_cosine_schedule(step, 1e-2, 0.0, 4, m.config.max_steps)
+        optimizer.step()
+        close(m.update(), (loss.detach(), norm), 1e-4)
+    for p, q in zip(m.params, theirs.params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+
+
+def test_evaluation_is_the_mean_over_the_same_windows_and_touches_no_random_state(folder):
+    m, state = manager("--eval_tokens=0", "--dropout=0.5", "--batch_size=5"), torch.get_rng_state()
+    nats, bpb = m.evaluate()
+    assert (nats, bpb) == m.evaluate() and m.model.training
+    x, y = (torch.stack(t) for t in zip(*(m.val_data[i] for i in range(len(m.val_data))), strict=True))
+    expected = F.cross_entropy(m.model.eval()(x).flatten(0, 1), y.flatten()).item()
+    assert nats == pytest.approx(expected, rel=1e-5) and bpb == pytest.approx(
+        expected / math.log(2), rel=1e-5
+    )
+    m.sample(5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_best_model_is_kept_and_only_the_best(folder, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(train.TrainManager, "evaluate", lambda self: (next(losses), 1.0))
+    train.main([*SMALL, "--max_steps=12"])
+    best, last = (CheckpointHandler("out").load(name) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["best_val_loss"], last["step"], last["best_val_loss"]) == (8, 2.0, 12, 2.0)
+    assert "optimizer" not in best and [line["val_loss"] for line in metrics() if "val_loss" in line] == [
+        3.0,
+        2.0,
+        2.5,
+    ]
+
+
+def test_float16_trains_through_the_scaler_and_logs_what_it_skips(folder):
+    m, exact = manager("--dtype=float16"), manager()
+    m.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # overflows at first
+    before = [p.clone() for p in m.params]
+    m.update()
+    assert m.skipped == 1 and m.scaler.get_scale() == 2.0**23 and same(before, [p.detach() for p in m.params])
+    while m.skipped == m.step:
+        m.update()
+    losses = [m.update()[0].item() for _ in range(20)]
+    assert m.skipped < m.step and losses[-1] < losses[0] - 0.3
+    exact.step = m.step  # the same batch and rate, from the same weights
+    exact.model.load_state_dict(m.model.state_dict())
+    for a, b in zip(m.update(), exact.update(), strict=True):
+        assert abs(a.item() / b.item() - 1) < 0.01
+    train.main([*SMALL, "--dtype=float16", "--max_steps=2"])
+    assert (
+        metrics()[1]["skipped"] == 0
+        and CheckpointHandler("out").load("last.pt")["scaler"]["scale"] == 65536.0
+    )
+
+
+def test_bfloat16_and_float32_use_no_scaler(folder):
+    for dtype in ("bfloat16", "float32"):
+        m = manager(f"--dtype={dtype}")
+        m.update()
+        assert not m.scaler.is_enabled() and m.params[0].dtype == torch.float32
+
+
+def test_metrics_hold_the_run_line_by_line(folder, capsys):
+    train.main([*SMALL, "--max_steps=4", "--log_interval=2"])
+    first, *lines = metrics()
+    assert first["step"] == 0 and first["config"]["d_model"] == 16 and first["config"]["device"] == "cpu"
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert lines[0].keys() == {"step", "train_loss", "lr", "grad_norm", "tokens_per_second"}
+    assert lines[2].keys() == {"step", "val_loss", "val_bpb"}
+    out = capsys.readouterr().out
+    assert (
+        "ln(256) = 5.55" in out
+        and "python sample.py --checkpoint=out/best.pt" in out
+        and "--resume=True" in out
+    )
+    assert len(re.findall(r"^step .* loss .* left$", out, re.MULTILINE)) == 2
+
+
+def test_weights_and_biases_without_the_package_is_one_error_before_any_training(folder, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train.main([*SMALL, "--wandb_project=x"])
+    assert not Path("out").exists()
+
+
+def test_weights_and_biases_receives_config_losses_and_rate(folder, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    fake = types.ModuleType("wandb")
+    fake.init = lambda project, config: calls.append((project, config)) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: True)
+    train.main([*SMALL, "--wandb_project=p", "--max_steps=1"])
+    assert calls[0][0] == "p" and calls[0][1]["max_lr"] == 1e-2 and calls[-1] == "end"
+    logged = {k for step, values in calls[1:-1] for k in values}
+    assert {"train_loss", "lr", "val_loss"} <= logged
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "--max_lr=-1",
+        "--batch_size=0",
+        "--beta1=1",
+        "--grad_clip=0",
+        "--d_model=30",
+        "--max_steps=0",
+        "--device=tpu",
+    ],
+)
+def test_values_out_of_range_are_refused_before_any_work_by_name(folder, arg):
+    with pytest.raises(ValueError, match=arg.removeprefix("--").split("=")[0]):
+        train.main([*SMALL, arg])
+    assert not Path("out").exists()
+
+
+def test_without_a_compiler_one_warning_and_then_eager(folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no compiler\nlong story"))
+    )
+    assert not manager("--compile=True").compiled
+    assert (
+        capsys.readouterr().out
+        == "warning: torch.compile does not work here (no compiler); running eagerly\n"
+    )
+
+
+@pytest.mark.slow
+def test_compiled_training_computes_what_eager_training_does(folder):
+    a, b = manager("--compile=True"), manager()
+    assert a.compiled and not b.compiled
+    for _ in range(4):
+        close(a.update(), b.update(), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- sample.py, run
+
+
+def test_the_three_scripts_run_as_commands_and_a_signal_ends_in_a_checkpoint(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    command("prepare.py", "text.txt", cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *SMALL, "--max_steps=1000000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.terminate()
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + 15 and "go on with:  python train.py --resume=True --out_dir=out" in rest
+    stopped = CheckpointHandler(tmp_path / "out").load("last.pt")["step"]
+    out = command("train.py", "--resume=True", f"--max_steps={stopped + 1}", "--device=cpu", cwd=tmp_path)
+    assert "sample more:" in out
+    again = [
+        command("sample.py", "--prompt=9 green", "--max_new_tokens=30", "--num_samples=2", cwd=tmp_path)
+        for _ in range(2)
+    ]
+    assert again[0] == again[1] and again[0].startswith("9 green") and "\n---\n9 green" in again[0]
+    assert command("train.py", cwd=tmp_path, status=2).startswith("error: out/last.pt holds a run already")
+    assert (
+        command("sample.py", "--checkpoint=no.pt", cwd=tmp_path, status=2)
+        == "error: no.pt: No such file or directory\n"
+    )
+
+
+def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_of_long_ones(folder, capsys):
+    train.main([*SMALL, "--max_steps=1"])
+    Path("prompt.txt").write_text("x" * 40)
+    capsys.readouterr()
+    sample.main(["--prompt=@prompt.txt", "--max_new_tokens=3", "--device=cpu"])
+    printed = capsys.readouterr()
+    assert (
+        printed.out.startswith("x" * 40)
+        and "40 tokens are more than the model sees: keeping the last 16" in printed.err
+    )
+    assert command("sample.py", "--prompt=-", "--max_new_tokens=1", stdin=b"hello").startswith("hello")
+    sample.main(["--max_new_tokens=3", "--device=cpu"])  # an empty prompt begins after the end of a document

@@ -1,0 +1,413 @@
+"""Train a language model on prepared tokens, and go on where a run stopped.
+
+python train.py                                # a default model on Python's standard library, in minutes
+python train.py --data_dir=data-notes --out_dir=out-notes --max_steps=5000
+python train.py --resume=True                  # go on from out/last.pt
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lm import (
+    AdamW,
+    CheckpointHandler,
+    MemmapTokenDataset,
+    ModelConfig,
+    TransformerLM,
+    lr_cosine_schedule,
+    mix64,
+)
+from prepare import load_meta, load_tokenizer, parse_args, pick_device, prepare_default, run
+
+
+@dataclass
+class TrainConfig:
+    """Every key of `python train.py --key=value`; the comments are its --help."""
+
+    data_dir: str = "data"  # folder with train.bin, val.bin and meta.json, made by prepare.py
+    out_dir: str = "out"  # folder for last.pt, best.pt and metrics.jsonl
+    resume: bool = False  # go on from out_dir/last.pt, with the keys of that run
+    # The model, as in lm.ModelConfig
+    vocab_size: int | None = None  # None: the tokenizer's
+    context_length: int = 128  # tokens of a window: how far the model sees
+    d_model: int = 128  # width of the residual stream
+    num_layers: int = 4  # transformer blocks
+    num_heads: int = 4  # attention heads of each block
+    num_kv_heads: int | None = None  # heads of keys and values; None: num_heads
+    d_ff: int | None = None  # width inside the feed-forward; None: 8/3 of d_model
+    rope_theta: float = 10000.0  # base of the rotary angles
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    tie_embeddings: bool = False  # one matrix as embedding and as output
+    dropout: float = 0.0  # share of each residual branch that is dropped
+    # The optimization
+    max_steps: int = 2600  # updates
+    batch_size: int = 12  # windows in an update, whatever the hardware
+    max_lr: float = 2e-3  # learning rate after the warm-up
+    min_lr: float = 0.0  # learning rate at the end
+    warmup_steps: int | None = None  # updates until max_lr; None: a twentieth of max_steps
+    weight_decay: float = 0.1  # of matrices and embeddings
+    beta1: float = 0.9  # AdamW's memory of gradients
+    beta2: float = 0.98  # AdamW's memory of squared gradients
+    grad_clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # of the weights, the order of the data and dropout
+    # What is reported and saved, and how often
+    log_interval: int = 50  # updates between lines
+    eval_interval: int = 500  # updates between evaluations
+    eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
+    checkpoint_interval: int = 500  # updates between checkpoints
+    wandb_project: str | None = None  # log to this project of Weights & Biases too
+    # The machine: not part of the run, so that it can be resumed on another
+    micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
+
+    def __post_init__(self):
+        least = {
+            "max_steps": 1,
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "log_interval": 1,
+            "eval_interval": 1,
+        }
+        least |= {"checkpoint_interval": 1, "eval_tokens": 0, "min_lr": 0, "weight_decay": 0, "seed": 0}
+        least |= {"beta1": 0, "beta2": 0, "warmup_steps": 0}
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and not value >= bound:
+                raise ValueError(f"--{name}={value}: must be at least {bound}")
+        for name in ("max_lr", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
+        for name in ("beta1", "beta2"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be below 1")
+        if self.warmup_steps is None:
+            self.warmup_steps = self.max_steps // 20
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
+        )
+
+
+MACHINE_KEYS = {"out_dir", "resume", "micro_batch_size", "device", "dtype", "compile"}
+FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch_size", "seed"}
+
+
+# --------------------------------------------------------------------------------------------------------- Logging
+
+
+class NoWandb:
+    """Stands in for a Weights & Biases run where none is wanted, so that nobody has to ask."""
+
+    def log(self, values: dict, step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Logger:
+    """Reports a run: to the console, to out_dir/metrics.jsonl, and to Weights & Biases."""
+
+    def __init__(self, config: TrainConfig, chosen: dict, step: int):
+        """Go on after update `step`: what metrics.jsonl holds of later ones is cut off."""
+        self.config, self.start, self.first_step = config, time.perf_counter(), step
+        self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
+        path = Path(config.out_dir, "metrics.jsonl")
+        lines = path.read_text().splitlines() if step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.wandb = NoWandb()
+        if config.wandb_project:
+            import wandb
+
+            self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config) | chosen)
+        if not step:
+            self.record(0, config=dataclasses.asdict(config) | chosen)
+
+    def record(self, step: int, **values) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.wandb.log(values, step=step)
+
+    def progress(self, step: int, values: dict) -> None:
+        self.record(step, **values)
+        c = self.config
+        elapsed = time.perf_counter() - self.start
+        left = int(elapsed / (step - self.first_step) * (c.max_steps - step))
+        skipped = f"  skipped {values['skipped']}" if values.get("skipped") else ""
+        line = (
+            f"step {step:{len(str(c.max_steps))}}/{c.max_steps}  loss {values['train_loss']:.3f}"
+            f"  rate {values['lr']:.2e}  gradient {values['grad_norm']:.2f}{skipped}"
+            f"  {values['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
+        )
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def evaluation(self, step: int, nats: float, bpb: float, text: str) -> None:
+        self.record(step, val_loss=nats, val_bpb=bpb)
+        self.say(
+            f"step {step:{len(str(self.config.max_steps))}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}"
+        )
+
+    def say(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.live else text, flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+        self.wandb.finish()
+
+
+# -------------------------------------------------------------------------------------------------------- Training
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, which takes a compiler beside torch; one warning where it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as problem:  # each backend fails in a way of its own
+        print(f"warning: torch.compile does not work here ({str(problem).splitlines()[0]}); running eagerly")
+        return False
+    return True
+
+
+class TrainManager:
+    """One training run: the model and all that changes with it, from its first update to its last."""
+
+    def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
+        """A fresh run, or the one that the checkpoint `state` holds."""
+        c, self.config, self.meta = config, config, meta
+        self.tokenizer = load_tokenizer(meta["tokenizer"])
+        self.device, self.dtype = pick_device(c.device, c.dtype)
+        self.train_data, self.val_data = (
+            MemmapTokenDataset(Path(c.data_dir, name), c.context_length, meta["dtype"], c.vocab_size)
+            for name in ("train.bin", "val.bin")
+        )
+        torch.manual_seed(c.seed)
+        self.model = TransformerLM(c.model()).to(self.device)
+        self.params = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": c.weight_decay},
+            {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0},  # gains do not decay
+        ]
+        rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
+        self.optimizer = AdamW(groups, lr=rate, betas=(c.beta1, c.beta2))
+        # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.step, self.best_val_loss, self.skipped, self.stop_signal = 0, math.inf, 0, None
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best_val_loss = state["step"], state["best_val_loss"]
+        self.compiled = self.device.type == "cuda" if c.compile == "auto" else c.compile
+        self.compiled = self.compiled and can_compile(self.device)
+        self.loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
+        self.checkpoints = CheckpointHandler(c.out_dir)
+
+    def chosen(self) -> dict:
+        """What "auto" became."""
+        return {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compile": self.compiled,
+        }
+
+    def rate(self) -> float:
+        c = self.config
+        return lr_cosine_schedule(self.step, c.max_lr, c.min_lr, c.warmup_steps, c.max_steps)
+
+    # ------------------------------------------------------------------------------------------------ One update
+
+    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make update self.step + 1; return its loss and the norm of its gradient, 0-d tensors."""
+        c = self.config
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(self.rate())
+        x, y = (t.to(self.device) for t in self.train_data.batch(self.step - 1, c.batch_size, c.seed))
+        rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
+        for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+            if c.dropout:
+                torch.manual_seed(int(mix64(c.seed, self.step, i) >> np.uint64(1)))
+            with self.autocast:
+                loss = self.loss(xi, yi) * (len(xi) / len(x))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.compiled and not hasattr(self.optimizer.step, "get_compiler_config"):
+            self.optimizer.step = torch.compile(
+                self.optimizer.step
+            )  # from the second update on, when its state exists
+        return total, norm
+
+    # --------------------------------------------------------------------------------------------------- The rest
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Validation loss in nats per token and in bits per byte, over the same windows each time."""
+        c, data = self.config, self.val_data
+        used = min(len(data), max(1, c.eval_tokens // c.context_length)) if c.eval_tokens else len(data)
+        starts = np.arange(used) * len(data) // used * c.context_length
+        rows, total = c.micro_batch_size or c.batch_size, 0.0
+        self.model.eval()
+        for i in range(0, used, rows):
+            x, y = (t.to(self.device) for t in data.windows(starts[i : i + rows]))
+            with self.autocast:
+                total += self.model.loss(x, y).item() * len(x)
+        self.model.train()
+        nats = total / used
+        return nats, nats / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
+
+    def sample(self, max_new_tokens: int) -> str:
+        """Text from the model as it is, drawn from the same seed each time."""
+        prompt = torch.tensor(self.tokenizer.encode(b"\n").astype(np.int64)[None], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        stream = self.model.stream(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
+        return "".join(self.tokenizer.decode(token.item() for token in stream))
+
+    def save(self, name: str, with_optimizer: bool = True) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "best_val_loss": self.best_val_loss,
+            "tokenizer": self.meta["tokenizer"],
+        }
+        if with_optimizer:
+            state["optimizer"] = self.optimizer.state_dict()
+        self.checkpoints.save(name, state)
+
+    def validate(self, logger: Logger) -> None:
+        nats, bpb = self.evaluate()
+        if nats < self.best_val_loss:
+            self.best_val_loss = nats
+            self.save("best.pt", with_optimizer=False)
+        logger.evaluation(self.step, nats, bpb, repr(self.sample(60)))
+
+    def train(self, logger: Logger) -> None:
+        """Make the updates that are left, up to max_steps or to a signal that asks to stop."""
+        c = self.config
+        mark, marked = time.perf_counter(), self.step
+        while self.step < c.max_steps and not self.stop_signal:
+            loss, norm = self.update()
+            last = self.step == c.max_steps
+            if self.step % c.log_interval == 0 or last:
+                values = {"train_loss": loss.item(), "lr": self.rate(), "grad_norm": norm.item()}
+                tokens = (self.step - marked) * c.batch_size * c.context_length
+                values["tokens_per_second"] = tokens / (time.perf_counter() - mark)
+                if self.scaler.is_enabled():
+                    values["skipped"] = self.skipped
+                logger.progress(self.step, values)
+                mark, marked = time.perf_counter(), self.step
+            if self.step % c.eval_interval == 0 or last:
+                pause = time.perf_counter()
+                self.validate(logger)
+                mark += time.perf_counter() - pause
+            if self.step % c.checkpoint_interval == 0 or last or self.stop_signal:
+                self.save("last.pt")
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def resumed(given: dict) -> tuple[TrainConfig, dict]:
+    """The config and the state of the run in out_dir: its own keys, the machine's and those `given` laid over them."""
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    state = CheckpointHandler(out_dir).load("last.pt")
+    saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
+    for key in sorted(FIXED_KEYS & given.keys()):
+        if given[key] != saved[key]:
+            raise ValueError(
+                f"--{key}={given[key]}: the run in {out_dir} has {saved[key]}, and resuming keeps it"
+            )
+    return TrainConfig(**saved | given), state
+
+
+def start(given: dict) -> TrainConfig:
+    """The config of a fresh run, in a folder that holds none yet."""
+    config = TrainConfig(**given)
+    if Path(config.out_dir, "last.pt").exists():
+        raise ValueError(
+            f"{config.out_dir}/last.pt holds a run already; go on with it:  python train.py --resume=True "
+            f"--out_dir={config.out_dir}  or keep it:  python train.py --out_dir={config.out_dir}-2"
+        )
+    if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
+        print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
+        prepare_default(config.data_dir)
+    return config
+
+
+def describe(manager: TrainManager) -> str:
+    """What is about to run, in five lines."""
+    c, meta, tokens = manager.config, manager.meta, manager.config.batch_size * manager.config.context_length
+    return (
+        f"model   {sum(p.numel() for p in manager.params):,} parameters: {c.num_layers} layers, d_model {c.d_model}, "
+        f"{c.num_heads} heads, context {c.context_length}\n"
+        f"data    {meta['train_tokens']:,} tokens from {meta['source']} (sha256 {meta['sha256'][:12]})\n"
+        f"run     {c.max_steps:,} updates of {tokens:,} tokens: {c.max_steps * tokens / meta['train_tokens']:.2f} epochs\n"
+        f"machine {manager.device}, {str(manager.dtype).removeprefix('torch.')}, "
+        f"{'compiled' if manager.compiled else 'eager'}\n"
+        f"A loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.2f} nats would be a uniform guess among all "
+        f"{c.vocab_size} tokens: what a model that knows nothing gets."
+    )
+
+
+def main(argv: list[str]) -> None:
+    given, words = parse_args(TrainConfig, argv, __doc__)
+    if words:
+        raise ValueError(f"{words[0]}: keys are given as --key=value")
+    config, state = resumed(given) if given.get("resume") else (start(given), None)
+    meta = load_meta(config.data_dir)
+    config.vocab_size = config.vocab_size or meta["vocab_size"]
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"--wandb_project={config.wandb_project}: needs the package wandb: pip install wandb"
+        )
+    manager = TrainManager(config, meta, state)
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    print(describe(manager))
+    logger = Logger(config, manager.chosen(), manager.step)
+
+    def stop(number: int, frame) -> None:
+        manager.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    start_time = time.perf_counter()
+    manager.train(logger)
+    seconds = int(time.perf_counter() - start_time)
+    logger.close()
+    again = f"python train.py --resume=True --out_dir={config.out_dir}"
+    if manager.stop_signal:
+        print(f"stopped after update {manager.step}; go on with:  {again}")
+        sys.exit(128 + manager.stop_signal)
+    print(
+        f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
+        f"best validation loss {manager.best_val_loss:.4f} nats\n"
+        f"sample more:  python sample.py --checkpoint={Path(config.out_dir, 'best.pt')}\n"
+        f"train on:     {again} --max_steps={2 * config.max_steps}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
