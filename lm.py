@@ -1,49 +1,50 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
-Read it from top to bottom: no name is used before it is defined. A class or function may be copied out on its own;
-where it leans on others, the comment after its name says which.
+Read it from top to bottom: no name is used before it is defined. Each class or function may be copied out on
+its own; where it leans on others, the comment behind its first line says which.
 
-    tokens (B, T)                                   TransformerBlock
-      │                                               x ──┬─ RMSNorm ─ MultiheadSelfAttention ─┐
-    Embedding                                             └──────────────── + ◄────────────────┘
-      │ x (B, T, D)                                                         │
-    TransformerBlock × num_layers                         ┌─────────────────┴─ RMSNorm ─ SwiGLU ─┐
-      │                                                   └──────────────── + ◄──────────────────┘
-    RMSNorm                                                                 x
+    tokens (B, T)                     TransformerBlock:  x ─┬─ RMSNorm ─ MultiheadSelfAttention ─┐
+      │                                                     └───────────────── + ◄───────────────┘
+    Embedding                                                                  │
+      │ x (B, T, D)                                         ┌──────────────────┴─ RMSNorm ─ SwiGLU ─┐
+    TransformerBlock × num_layers                           └───────────────── + ◄──────────────────┘
+      │                                                                        x
+    RMSNorm
       │
-    Linear
-      │
-    logits (B, T, V): what token comes next?
+    Linear ─ logits (B, T, V): what is the next token?
 
 Legend, used in every shape:
-    B  batch, sequences that are processed side by side     K  head size, D / H
-    T  time, the tokens of a sequence                       S  time of keys and values: T and what is cached before
-    D  d_model, the width of the residual stream            F  d_ff, the width inside the feed-forward
-    H  heads (of queries)                                   V  vocabulary, how many different tokens there are
-    G  heads of keys and values; each serves H / G heads
+    B  batch, sequences side by side                  F  d_ff, the width inside the feed-forward
+    T  time, the tokens of a sequence                 V  vocabulary, how many different tokens there are
+    D  d_model, the width of the residual stream      G  heads of keys and values, each serving H / G of the H
+    H  heads (of queries)                             S  time of keys and values: T and what is cached before
+    K  head size, D / H
 """
 
+import contextlib
 import math
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------- Linear, Embedding
+# ------------------------------------------------------------------------------------------ Linear, Embedding
 
 
 class Linear(nn.Module):
     """y = x Wᵀ, with no bias.
 
-    W starts as a normal distribution of variance 2 / (d_in + d_out), so that neither activations (forward) nor
-    gradients (backward) grow or shrink from layer to layer; cut at 3σ, so that no weight starts as an outlier.
-    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
+    W starts normally distributed with variance 2 / (d_in + d_out), a compromise between keeping the scale of
+    activations (forward) and of gradients (backward); cut at 3σ, so that no weight starts as an outlier.
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    2010, equation 12.
     """
 
     def __init__(self, d_in: int, d_out: int):
@@ -70,13 +71,13 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-# -------------------------------------------------------------------------------------------------------- RMSNorm
+# ---------------------------------------------------------------------------------------------------- RMSNorm
 
 
 class RMSNorm(nn.Module):
-    """y = x / √(mean(x²) + ε) · g: each vector is scaled to a root mean square of 1, then each feature by its gain.
+    """y = x / √(mean(x²) + ε) · g: scale a vector to root mean square 1, then each feature by its gain g.
 
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467.
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5):
@@ -86,12 +87,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
-        x32 = x.float()  # a sum of squares overflows float16 and loses most of its digits in bfloat16
+        x32 = x.float()  # a sum of squares overflows float16 and has 8 bits in bfloat16
         rrms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * rrms * self.weight).type_as(x)
 
 
-# ----------------------------------------------------------------------------------------------------------- RoPE
+# ------------------------------------------------------------------------------------------------------- RoPE
 
 
 class RoPE(nn.Module):
@@ -102,31 +103,31 @@ class RoPE(nn.Module):
         x_j       ← x_j·cos - x_{j+K/2}·sin
         x_{j+K/2} ← x_{j+K/2}·cos + x_j·sin
 
-    The dot product of two vectors rotated so depends on their distance in time alone, not on where they stand.
-    Source: Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864; halves are paired as in Llama's checkpoints.
+    The dot product of two vectors so rotated depends on their distance in time, not on where they stand.
+    Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; the pairs are those of Hugging Face's Llama.
     """
 
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0):
         super().__init__()
         frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (K/2,)
         angle = torch.outer(torch.arange(context_length, dtype=torch.float32), frequency)
-        # Both tables are (context_length, K): one column for each feature, the sine with the sign of its term.
+        # Both tables are (context_length, K): a column for each feature, the sine with the sign of its term.
         self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (..., T, K) whose vectors stand at positions (T,), integers in 0 … context_length-1 → (..., T, K)."""
+        """x (..., T, K) of positions (T,), integers in 0 … context_length-1 → (..., T, K)."""
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
-        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # roll: (x_{j+K/2}, x_j), the partner of each
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by K/2, each meets its partner
 
 
-# --------------------------------------------------------------------------------------------------------- SwiGLU
+# ----------------------------------------------------------------------------------------------------- SwiGLU
 
 
 class SwiGLU(nn.Module):  # needs: Linear
-    """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x): a gate decides how much of each inner feature passes.
+    """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x): a gate says how much of each inner feature passes.
 
-    Source: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -140,14 +141,14 @@ class SwiGLU(nn.Module):  # needs: Linear
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# -------------------------------------------------------------------------------------------------------- KVCache
+# ---------------------------------------------------------------------------------------------------- KVCache
 
 
 class KVCache:
     """The keys and values of the tokens that one attention layer has seen, so that none is computed twice."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        """shape: (B, G, context_length, K). The memory is taken once; nothing is allocated while generating."""
+        """shape: (B, G, context_length, K). The memory is taken once; generating allocates nothing."""
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -160,14 +161,14 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-# ------------------------------------------------------------------------------------------------------ Attention
+# -------------------------------------------------------------------------------------------------- Attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(Q Kᵀ / √K) V, where each token sees itself and what came before it.
 
     q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
-    Source: Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762, equation 1.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
     T, S = q.shape[2], k.shape[2]
     future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
@@ -176,7 +177,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same by whichever is faster: the lines above, or torch's fused kernel, which never holds (T, S) scores."""
+    """The same by what is faster: the lines above, or torch's fused kernel, which holds no (T, S) scores."""
     T, S = q.shape[2], k.shape[2]
     if 1 < T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512):
         return attention(q, k, v)
@@ -187,7 +188,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
     """H attentions side by side, each on its own K features, mixed by a last projection.
 
     With fewer heads of keys and values than of queries (grouped-query attention), the cache shrinks by H / G.
-    Source: Ainslie et al., "GQA", 2023, https://arxiv.org/abs/2305.13245.
+    Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
     def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, rope: RoPE):
@@ -214,7 +215,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-# ----------------------------------------------------------------------------------------------- TransformerBlock
+# ------------------------------------------------------------------------------------------- TransformerBlock
 
 
 class TransformerBlock(
@@ -222,19 +223,13 @@ class TransformerBlock(
 ):  # needs: Linear, RMSNorm, RoPE, SwiGLU, KVCache, attention, fast_attention, MultiheadSelfAttention
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
-    Pre-normalization keeps the residual stream x itself free of any scaling, so that deep models train stably.
+    With the norm before each branch ("pre-norm"), the residual stream x itself is never rescaled: gradients
+    reach the first layer undamped, and deep models train stably.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        d_ff: int,
-        rope: RoPE,
-        eps: float,
-        dropout: float,
+        self, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, rope: RoPE, eps=1e-5, dropout=0.0
     ):
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, eps)
@@ -250,23 +245,23 @@ class TransformerBlock(
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), p)
 
 
-# ----------------------------------------------------------------------------------------------------------- Loss
+# ------------------------------------------------------------------------------------------------------- Loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """mean over n of -log softmax(x_n Wᵀ)[target_n], without ever holding all the logits.
+    """mean over n of -log softmax(W x_n)[target_n], without ever holding all the logits.
 
-    Equal, in value and gradient, to F.cross_entropy((x @ weight.T).float(), targets), whose (N, V) numbers would be
-    the largest in memory by far. Here a chunk of rows at a time yields its part of the loss and at once, because
-    ∂loss/∂logits = (softmax - onehot) / N, its part of the gradients; no chunk is computed twice.
+    Equal, in value and gradient, to F.cross_entropy((x @ weight.T).float(), targets), whose (N, V) numbers
+    would be the largest in memory by far. Here a chunk of rows at a time gives its part of the loss and, at
+    once, of the gradients, because ∂loss/∂logits = (softmax - onehot) / N needs nothing but the logits.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
         """x (N, D), weight (V, D), targets (N,) → (); with_grad False (evaluation) skips the gradients."""
         w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-        rows = min(len(x), max(256, 2**24 // len(w)))  # 64 MiB of float32 logits
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        rows = min(4096, max(256, 2**24 // len(w)))  # at most 64 MiB of float32 logits, for V up to 65,536
         for chunk, target, out in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
             logits = (chunk @ w.T).float()  # (rows, V)
             logits -= logits.logsumexp(-1, keepdim=True)  # now log-probabilities
@@ -276,7 +271,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 error.scatter_add_(-1, target[:, None], -torch.ones_like(error[:, :1]))
                 error = error.to(
                     x.dtype
-                )  # between -1 and 1, so that float16 holds it; 1 / N waits for backward
+                )  # within ±1, which float16 can hold: dividing by N waits for backward
                 torch.mm(error, w, out=out)
                 dw += error.T @ chunk
         ctx.save_for_backward(dx, dw)
@@ -290,14 +285,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # needs: LinearCrossEntropy
-    """LinearCrossEntropy of x (..., D), weight (V, D) and targets (...), in nats; heeds autocast as F.linear would."""
+    """LinearCrossEntropy of x (..., D), weight (V, D) and targets (...), in nats; heeds autocast."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), with_grad)
 
 
-# ------------------------------------------------------------------------------------------------------- Sampling
+# --------------------------------------------------------------------------------------------------- Sampling
 
 
 def sample_token(
@@ -307,25 +302,27 @@ def sample_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token from each row of logits (B, V) → (B,), int64. Raises ValueError for settings out of range.
+    """Draw a token from each row of logits (B, V) → (B,), int64. Raises ValueError for settings out of range.
 
     temperature   divides the logits: below 1 the likely becomes likelier; 0 takes the likeliest
     top_k         then only the k likeliest can be drawn; None: all
-    top_p         then only the fewest of the likeliest that together hold at least the probability p; None or 1: all
-                  ("nucleus sampling", Holtzman et al., 2019, https://arxiv.org/abs/1904.09751)
+    top_p         then only the fewest of the likeliest whose probabilities reach p together; None or 1: all
+                  ("nucleus sampling", Holtzman et al., 2019, arXiv:1904.09751)
 
-    Probabilities (0.5, 0.3, 0.15, 0.05) and top_p = 0.7: before each there lies (0, 0.5, 0.8, 0.95). Where that is
-    below 0.7 the token is kept: the first two, then drawn with probabilities 0.5 / 0.8 and 0.3 / 0.8.
+    Probabilities (0.5, 0.3, 0.15, 0.05), top_p = 0.7: before each there lies (0, 0.5, 0.8, 0.95). Where that
+    is below 0.7 the token is kept: the first two, then drawn with probabilities 0.5 / 0.8 and 0.3 / 0.8.
     """
     V = logits.shape[-1]
     top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
-    if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: must be at least 0, at least 1, above 0 and at most 1"
-        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0")
+    if not top_k >= 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if temperature == 0:
         return logits.argmax(-1)
-    # The largest becomes 0 first: a tiny temperature then sends the others to -inf, where all would go to inf.
+    # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
     logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
     ids = None
     if top_k < V or top_p < 1:
@@ -340,7 +337,7 @@ def sample_token(
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
-# -------------------------------------------------------------------------------------- ModelConfig, TransformerLM
+# --------------------------------------------------------------------------------- ModelConfig, TransformerLM
 
 
 @dataclass
@@ -353,45 +350,30 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = (
-        None  # None: 8/3 of d_model, so that SwiGLU's three matrices cost what two of 4·d_model would
-    )
+    d_ff: int | None = None  # None: 8/3 · d_model; three such matrices cost what two of 4 · d_model would
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.num_kv_heads is None:
-            self.num_kv_heads = self.num_heads
-        if self.d_ff is None:
-            self.d_ff = 8 * math.ceil(self.d_model / 3)
-        for name in (
-            "vocab_size",
-            "context_length",
-            "d_model",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "d_ff",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.d_model % (2 * self.num_heads):
+        self.num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        self.d_ff = 8 * math.ceil(self.d_model / 3) if self.d_ff is None else self.d_ff
+        sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+        for name in (*sizes, "rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, divisor in (("d_model", "num_heads"), ("num_heads", "num_kv_heads")):
+            if (size := getattr(self, name)) % getattr(self, divisor):
+                raise ValueError(
+                    f"{name} is {size}; it must be a multiple of {divisor}, {getattr(self, divisor)}"
+                )
+        if (head_dim := self.d_model // self.num_heads) % 2:
             raise ValueError(
-                f"d_model is {self.d_model}; it must be a multiple of 2·num_heads = {2 * self.num_heads}, because each "
-                "head rotates pairs of features"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads = {self.num_kv_heads}"
+                f"d_model / num_heads is {head_dim}; it must be even, because RoPE rotates pairs"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(
-                f"rope_theta is {self.rope_theta} and norm_eps {self.norm_eps}; both must be above 0"
-            )
 
 
 class TransformerLM(nn.Module):  # needs: everything above
@@ -411,7 +393,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight
-        # The residual stream sums 2·num_layers branches: scaled so, its variance does not grow with depth (GPT-2).
+        # The residual stream sums 2 · num_layers branches: scaled so, its variance does not grow with depth.
         with torch.no_grad():
             for layer in self.layers:
                 layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
@@ -456,8 +438,8 @@ class TransformerLM(nn.Module):  # needs: everything above
     ) -> Iterator[Tensor]:
         """Yield the tokens that follow prompt (B, P), int64, P ≥ 1: (B,) at a time, as they come.
 
-        A row that has drawn eos_id repeats it; the stream ends when all rows have. When the window is full, its last
-        half is read again into an empty cache and the stream goes on: its length is not limited by context_length.
+        A row that has drawn eos_id repeats it; the stream ends when all rows have. When the window is full,
+        its last half is read again into an empty cache and the stream goes on, for as long as asked.
         temperature, top_k, top_p: as for sample_token. Raises ValueError where they are out of range.
         """
         (B, P), T = prompt.shape, self.config.context_length
@@ -489,7 +471,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         return torch.cat([prompt, *(token[:, None] for token in self.stream(prompt, *args, **kwargs))], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- AdamW
+# ------------------------------------------------------------------------------------------------------ AdamW
 
 
 class AdamW(torch.optim.Optimizer):
@@ -500,7 +482,7 @@ class AdamW(torch.optim.Optimizer):
         v ← β₂·v + (1 - β₂)·g²                   mean of their squares
         θ ← θ - η·(m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, https://arxiv.org/abs/1711.05101.
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
     lr may be a 0-d tensor: then `torch.compile(optimizer.step)` is one graph whatever the rate.
     """
 
@@ -534,7 +516,7 @@ class AdamW(torch.optim.Optimizer):
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
     """The learning rate of an update: a line up to max_lr, half a cosine down to min_lr, then min_lr.
 
-    Source: Loshchilov and Hutter, "SGDR", 2016, https://arxiv.org/abs/1608.03983, equation 5.
+    Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983, equation 5.
     """
     if step < warmup_steps:
         return max_lr * step / warmup_steps
@@ -544,7 +526,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-# --------------------------------------------------------------------------------------------- MemmapTokenDataset
+# ----------------------------------------------------------------------------------------- MemmapTokenDataset
 
 
 def mix64(*values) -> np.ndarray:
@@ -563,16 +545,16 @@ def mix64(*values) -> np.ndarray:
 
 
 class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
-    """Windows of context_length + 1 tokens over a file of unsigned little-endian integers that may exceed memory.
+    """Windows of context_length + 1 tokens in a file of unsigned little-endian integers of any size.
 
-    An epoch visits all windows once, in an order of its own. The order is not stored but computed: position i of an
-    epoch is window π(i), where π is a bijection of 0 … n-1 made of steps that can each be undone (add, multiply by an
-    odd number, fold high bits onto low ones) on the next power of two; what lands outside 0 … n-1 is sent on until it
-    lands inside ("cycle walking", Black and Rogaway, 2002).
+    An epoch visits all n windows once, in an order of its own, which is not stored but computed: place i of
+    the epoch belongs to window π(i). π permutes 0 … n-1 by steps that can each be undone (add; multiply by an
+    odd number; fold high bits onto low ones) on the next power of two. What lands beyond n-1 is sent on until it
+    lands below: "cycle walking", Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
     """
 
     def __init__(self, path: str | os.PathLike, context_length: int, dtype, vocab_size: int | None = None):
-        """Raises ValueError if the file is no whole number of tokens or shorter than a window, OSError if unreadable."""
+        """Raises ValueError for a file that is no whole number of tokens or shorter than a window."""
         self.path, self.context_length, self.vocab_size = Path(path), context_length, vocab_size
         dtype = np.dtype(dtype).newbyteorder("<")
         size, need = self.path.stat().st_size, (context_length + 1) * dtype.itemsize
@@ -582,7 +564,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
             )
         if size < need:
             raise ValueError(
-                f"{path}: {size // dtype.itemsize:,} tokens are fewer than one window of context_length + 1 = "
+                f"{path}: {size // dtype.itemsize:,} tokens are fewer than a window of context_length + 1 = "
                 f"{context_length + 1:,}; use more text or a smaller context_length"
             )
         self.tokens = np.memmap(self.path, dtype, mode="r")
@@ -614,7 +596,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
     def batch(
         self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """This rank's batch_size / world_size rows of batch `step` (from 0): a pure function of (seed, step)."""
+        """(x, y) of this rank's batch_size / world_size rows of batch `step`, from 0: a pure function."""
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
         share, n, T = batch_size // world_size, self.num_windows, self.context_length
@@ -642,35 +624,41 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
         return index
 
 
-# ---------------------------------------------------------------------------------------------- CheckpointHandler
+# ------------------------------------------------------------------------------------------ CheckpointHandler
 
 
-class CheckpointHandler:
-    """Saves and loads dictionaries of tensors and plain values: whole or not at all, and no damaged bit unnoticed.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Open a file to write that takes the place of `path` once it is whole and safe on the disk, or never."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    A file is what torch.save writes and then the CRC-32 of that, 4 bytes, little-endian, which torch.load ignores.
+
+class CheckpointHandler:  # needs: replacing
+    """Saves and loads dictionaries of tensors and plain values: whole or not at all, no damaged bit unseen.
+
+    A file is what torch.save writes and then its CRC-32, 4 bytes, little-endian, which torch.load ignores.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
 
     def save(self, name: str, state: dict) -> None:
-        """Write folder/name. Until that is safe on the disk, the file that it replaces stays. Raises OSError."""
-        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
+        """Write folder/name. Until that is safe on the disk, the old one stays. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "w+b") as file:
-                torch.save(state, file)
-                size = file.tell()
-                file.write(self._crc32(file, size))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.folder / name) as file:
+            torch.save(state, file)
+            file.write(self._crc32(file, file.tell()))
 
     def load(self, name: str, map_location: str | torch.device = "cpu") -> dict:
-        """Read folder/name. Data only: code in it is refused. Raises ValueError if damaged, OSError if unreadable."""
+        """Read folder/name: data, never code. Raises ValueError if damaged, OSError if unreadable."""
         path = self.folder / name
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size - 4

@@ -48,10 +48,7 @@ def read_prompt(prompt: str) -> bytes:
 
 
 def main(argv: list[str]) -> None:
-    given, words = parse_args(SampleConfig, argv, __doc__)
-    if words:
-        raise ValueError(f"{words[0]}: keys are given as --key=value")
-    c = SampleConfig(**given)
+    c = SampleConfig(**parse_args(SampleConfig, argv, __doc__))
     model, tokenizer = load_model(c.checkpoint)
     device, dtype = pick_device(c.device, c.dtype)
     model.to(device, dtype)

@@ -1,7 +1,6 @@
 """Every test, grouped as lm.py is; then the scripts, then the README. Run: python -m pytest"""
 
 import ast
-import inspect
 import io
 import json
 import math
@@ -65,7 +64,7 @@ def gradients(loss, model):
     )
 
 
-# ---------------------------------------------------------------------------------------------- Linear, Embedding
+# ------------------------------------------------------------------------------------------ Linear, Embedding
 
 
 def test_linear_is_torchs_linear_without_bias():
@@ -101,7 +100,7 @@ def test_residual_projections_start_smaller_by_the_root_of_their_number():
             assert ratio.item() == pytest.approx(1 / math.sqrt(2 * 8), rel=0.05)
 
 
-# -------------------------------------------------------------------------------------------------------- RMSNorm
+# ---------------------------------------------------------------------------------------------------- RMSNorm
 
 
 def test_rmsnorm_is_torchs_rmsnorm_and_its_gradients():
@@ -128,7 +127,7 @@ def test_rmsnorm_computes_in_float32_and_returns_its_inputs_dtype(dtype):
     torch.testing.assert_close(y.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- RoPE
+# ------------------------------------------------------------------------------------------------------- RoPE
 
 
 def test_rope_multiplies_pairs_of_halves_by_complex_phases():
@@ -148,7 +147,7 @@ def test_rope_makes_dot_products_depend_on_distance_alone():
     assert abs((rope(q, torch.tensor([8])) * rope(k, torch.tensor([0]))).sum() - dots[0]) > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------------- SwiGLU
+# ----------------------------------------------------------------------------------------------------- SwiGLU
 
 
 def test_swiglu_is_its_formula_in_float64():
@@ -158,7 +157,7 @@ def test_swiglu_is_its_formula_in_float64():
     close(mlp(x), ((g / (1 + torch.exp(-g)) * (x.double() @ up.T)) @ down.T).float())
 
 
-# -------------------------------------------------------------------------------------------- KVCache, Attention
+# ----------------------------------------------------------------------------------------- KVCache, Attention
 
 
 def test_kvcache_returns_all_that_it_was_given_in_order():
@@ -237,7 +236,7 @@ def test_dropout_drops_the_two_residual_branches_alone():
     close(dropped[~zero], 2 * branch[~zero])
 
 
-# -------------------------------------------------------------------------------------- ModelConfig, TransformerLM
+# --------------------------------------------------------------------------------- ModelConfig, TransformerLM
 
 
 @pytest.mark.parametrize(
@@ -291,21 +290,19 @@ def reference(model):
 def test_the_model_is_transformers_llama_in_logits_loss_and_gradients(changes):
     model = tiny(**changes)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim == 1:
                 p.uniform_(0.5, 1.5)  # gains of 1 would hide a missing one
     theirs, tokens = reference(model), torch.randint(61, (3, 17))
     x, y = tokens[:, :-1], tokens[:, 1:]
     close(model(x), theirs(x).logits, 1e-5)
-    ours_loss, their_loss = model.loss(x, y), theirs(x, labels=x, shift_labels=y).loss
+    ours_loss, their_loss = model.loss(x, y), theirs(x, labels=x, shift_labels=y.contiguous()).loss
     close(ours_loss, their_loss)
     expected = {k.removeprefix("model."): v for k, v in gradients(their_loss, theirs).items()}
     actual = gradients(ours_loss, model)
     assert actual.keys() == expected.keys()
     for name in actual:
-        torch.testing.assert_close(
-            actual[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_token_changes_no_logit_before_it():
@@ -324,7 +321,7 @@ def test_more_tokens_than_the_window_are_refused():
         tiny()(torch.zeros(1, 17, dtype=torch.int64))
 
 
-# ----------------------------------------------------------------------------------------------------------- Loss
+# ------------------------------------------------------------------------------------------------------- Loss
 
 
 @pytest.mark.parametrize("rows,vocab", [(7, 11), (300, 70_000), (600, 70_000)])  # one chunk, two, three
@@ -336,7 +333,7 @@ def test_the_chunked_loss_is_cross_entropy_in_value_and_gradient(rows, vocab):
     for a, b in zip(
         torch.autograd.grad(3 * ours, [x, weight]), torch.autograd.grad(3 * theirs, [x, weight]), strict=True
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -363,7 +360,7 @@ def test_the_chunked_loss_is_the_same_without_gradients_and_forms_none():
     close(alone, F.cross_entropy(x @ weight.T, targets))
 
 
-# ------------------------------------------------------------------------------------------------------- Sampling
+# --------------------------------------------------------------------------------------------------- Sampling
 
 
 def drawn(probabilities, draws=4000, **settings):
@@ -405,16 +402,12 @@ def test_top_k_keeps_exactly_k_of_tied_tokens():
 
 
 def test_top_p_of_one_keeps_tokens_that_a_float32_sum_would_lose():
-    logits = torch.full((1, 100_000), -20.0)
-    logits[0, 0] = 0.0
-    rest = sum(
-        sample_token(logits, top_p=1.0, generator=torch.Generator().manual_seed(i)).item() > 0
-        for i in range(300)
-    )
-    assert rest == 0 or rest < 5  # 2e-4 of the mass
-    logits = torch.zeros(2000, 50_000)
-    tokens = sample_token(logits, top_p=1.0)
-    assert tokens.max() > 49_000 and tokens.min() < 1000
+    tokens = sample_token(
+        torch.zeros(100, 200_000), top_p=1.0
+    )  # the running sum of 5e-6 passes 1 before its end
+    assert tokens.min() < 20_000 and tokens.max() > 180_000
+    logits = torch.tensor([20.0, *[0.0] * 50_000]).log_softmax(-1)
+    assert (logits.softmax(-1).cumsum(-1)[1:] >= 1).any(), "the case is void: no sum reaches 1 early"
 
 
 @pytest.mark.parametrize(
@@ -425,7 +418,7 @@ def test_settings_out_of_range_are_refused(settings):
         sample_token(torch.zeros(1, 5), **settings)
 
 
-# ------------------------------------------------------------------------------------------------ stream, generate
+# ------------------------------------------------------------------------------------------- stream, generate
 
 
 @pytest.mark.parametrize("chunks", [[16], [1] * 16, [5, 1, 1, 9], [3, 4, 9]])
@@ -495,7 +488,7 @@ def test_prompts_without_tokens_or_with_unknown_ones_are_refused(prompt):
         tiny().generate(prompt, 1)
 
 
-# ------------------------------------------------------------------------------------ AdamW, lr_cosine_schedule
+# ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])
@@ -559,7 +552,7 @@ def test_the_schedule_without_warmup_begins_at_the_top():
     assert lr_cosine_schedule(0, 1.0, 0.0, 0, 10) == 1.0 and lr_cosine_schedule(10, 1.0, 0.0, 10, 10) == 0.0
 
 
-# --------------------------------------------------------------------------------------------- MemmapTokenDataset
+# ----------------------------------------------------------------------------------------- MemmapTokenDataset
 
 
 def arange_file(path, count, dtype="uint16"):
@@ -607,7 +600,7 @@ def test_ranks_are_disjoint_and_their_union_is_the_single_ranks_batch(tmp_path, 
         whole = data.batch(step, 6, seed=1)[0]
         parts = [data.batch(step, 6, 1, rank, world_size)[0] for rank in range(world_size)]
         assert torch.equal(torch.cat(parts), whole)
-    with pytest.raises(ValueError, match="batch_size 7 .* 2"):
+    with pytest.raises(ValueError, match=r"batch_size 7 .* 2"):
         data.batch(0, 7, 0, 0, 2)
 
 
@@ -629,7 +622,7 @@ def test_the_largest_token_of_each_dtype_survives(tmp_path, dtype):
 
 def test_files_that_are_not_what_they_seem_are_refused(tmp_path):
     (tmp_path / "odd.bin").write_bytes(b"123")
-    with pytest.raises(ValueError, match="odd.bin: 3 bytes"):
+    with pytest.raises(ValueError, match=r"odd\.bin: 3 bytes"):
         MemmapTokenDataset(tmp_path / "odd.bin", 1, "uint16")
     for count in (0, 8):
         with pytest.raises(ValueError, match=f"{count} tokens are fewer"):
@@ -642,7 +635,7 @@ def test_files_that_are_not_what_they_seem_are_refused(tmp_path):
     assert data[4][1].max() == 40
 
 
-# ---------------------------------------------------------------------------------------------- CheckpointHandler
+# ------------------------------------------------------------------------------------------ CheckpointHandler
 
 
 def test_a_checkpoint_returns_what_was_saved(tmp_path):
@@ -677,10 +670,10 @@ def test_damage_and_code_are_refused_and_the_file_is_named(tmp_path):
     damaged += [good[: b // 8] + bytes([good[b // 8] ^ 1 << b % 8]) + good[b // 8 + 1 :] for b in bits]
     for content in damaged:
         (tmp_path / "a.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="a.pt"):
+        with pytest.raises(ValueError, match=r"a\.pt"):
             handler.load("a.pt")
     handler.save("code.pt", {"x": Path})  # a class is code, whatever its checksum
-    with pytest.raises(ValueError, match="code.pt: no checkpoint"):
+    with pytest.raises(ValueError, match=r"code\.pt: no checkpoint"):
         handler.load("code.pt")
 
 
@@ -693,7 +686,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch
     assert handler.load("a.pt") == {"step": 1} and os.listdir(tmp_path) == ["a.pt"]
 
 
-# ------------------------------------------------------------------------------------------- Copying out of lm.py
+# --------------------------------------------------------------------------------------- Copying out of lm.py
 
 
 def definitions():
@@ -720,7 +713,7 @@ def test_each_class_and_function_can_be_copied_out_with_what_its_first_comment_n
     if needs == ["everything above"]:
         needs = list(sources)[: list(sources).index(name)]
     module = types.ModuleType("copied")
-    exec("\n\n".join([IMPORTS, *(sources[n] for n in needs), sources[name]]), module.__dict__)  # noqa: S102
+    exec("\n\n".join([IMPORTS, *(sources[n] for n in needs), sources[name]]), module.__dict__)
     unknown = {n for n in names_used(sources[name]) if n in sources and n not in module.__dict__}
     assert not unknown, f"{name} uses {unknown}, which its comment does not name"
     assert set(needs) <= names_used("\n".join(sources[n] for n in [*needs, name])), (
@@ -732,7 +725,7 @@ def names_used(source):
     return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
 
 
-# ------------------------------------------------------------------------------------- The command line, prepare.py
+# ------------------------------------------------------------------------------- The command line, prepare.py
 
 TEXT = "".join(
     f"{i} green bottles, standing on the wall; if one should fall, {i - 1} remain.\n"
@@ -776,20 +769,23 @@ def command(*words, stdin=b"", cwd=None, status=0):
     ],
 )
 def test_keys_are_typed_as_the_dataclass_says(arg, key, value):
-    given, words = prepare.parse_args(train.TrainConfig, [arg, "word"], "")
-    assert given == {key: value} and type(given[key]) is type(value) and words == ["word"]
+    given = prepare.parse_args(train.TrainConfig, [arg], "")
+    assert given == {key: value} and type(given[key]) is type(value)
 
 
 @pytest.mark.parametrize(
     "arg,message",
     [
-        ("--max_step=3", "--max_step: no such key; did you mean --max_steps"),
+        ("--max_step=3", "--max_step=3: no such key; did you mean --max_steps=VALUE?"),
+        ("max_steps=3", "max_steps=3: a key is given as --max_steps=VALUE"),
+        ("word", "word: no such key"),
         ("--max_steps=1.5", "--max_steps=1.5: must be a whole number"),
-        ("--max_steps=many", "--max_steps=many: must be of type int"),
+        ("--max_steps=many", "--max_steps=many: must be a whole number"),
+        ("--max_lr=fast", "--max_lr=fast: must be a number"),
         ("--max_steps=inf", "--max_steps=inf: must be"),
         ("--dtype=int8", "--dtype=int8: must be one of auto, float32"),
         ("--resume=maybe", "--resume=maybe: must be one of True, False"),
-        ("--resume", "--resume: give its value as --resume=VALUE"),
+        ("--resume", "--resume: a key is given as --resume=VALUE"),
     ],
 )
 def test_keys_that_cannot_be_understood_are_refused(arg, message):
@@ -805,7 +801,9 @@ def test_help_lists_every_key_with_its_default_and_meaning(script, capsys):
     config = {prepare: prepare.PrepareConfig, train: train.TrainConfig, sample: sample.SampleConfig}[script]
     out = capsys.readouterr().out
     for name, field in config.__dataclass_fields__.items():
-        assert re.search(rf"^  --{name}={re.escape(str(field.default))} +\w", out, re.MULTILINE), name
+        assert name == "inputs" or re.search(
+            rf"^  --{name}={re.escape(str(field.default))} +\w", out, re.MULTILINE
+        ), name
 
 
 def read_tokens(path):
@@ -888,11 +886,11 @@ def test_the_byte_tokenizer_returns_any_text_and_holds_broken_characters_back():
 def test_a_missing_or_damaged_meta_json_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match="meta.json: .*prepare"):
+    with pytest.raises(ValueError, match=r"meta\.json: .*prepare"):
         prepare.load_meta(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- train.py
+# --------------------------------------------------------------------------------------------------- train.py
 
 SMALL = [
     "--context_length=16",
@@ -906,7 +904,7 @@ SMALL += ["--device=cpu", "--dtype=float32", "--max_lr=1e-2", "--eval_interval=4
 
 
 def manager(*args, **kwargs) -> train.TrainManager:
-    given, _ = prepare.parse_args(train.TrainConfig, [*SMALL, *args], "")
+    given = prepare.parse_args(train.TrainConfig, [*SMALL, *args], "")
     return train.TrainManager(
         train.TrainConfig(**given | {"vocab_size": 256}), prepare.load_meta("data"), **kwargs
     )
@@ -928,7 +926,7 @@ def same(a, b):
 
 
 def test_a_run_overfits_a_short_text(folder):
-    Path("short.txt").write_text("the quick brown fox jumps over the lazy dog; " * 8)
+    Path("short.txt").write_text("abcdefghijklmnopqrstuvwxyz " * 20)  # each letter tells the next
     prepare.main(["short.txt"])
     train.main([*SMALL, "--d_model=32", "--max_steps=250", "--log_interval=50", "--eval_interval=250"])
     assert metrics()[-1]["val_loss"] < 0.05
@@ -1040,7 +1038,7 @@ def test_the_best_model_is_kept_and_only_the_best(folder, monkeypatch):
 
 
 def test_float16_trains_through_the_scaler_and_logs_what_it_skips(folder):
-    m, exact = manager("--dtype=float16"), manager()
+    m, exact = manager("--dtype=float16", "--warmup_steps=1"), manager("--warmup_steps=1")
     m.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # overflows at first
     before = [p.clone() for p in m.params]
     m.update()
@@ -1142,7 +1140,7 @@ def test_compiled_training_computes_what_eager_training_does(folder):
         close(a.update(), b.update(), 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- sample.py, run
+# --------------------------------------------------------------------------------------------- sample.py, run
 
 
 def test_the_three_scripts_run_as_commands_and_a_signal_ends_in_a_checkpoint(tmp_path):

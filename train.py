@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -106,7 +105,7 @@ MACHINE_KEYS = {"out_dir", "resume", "micro_batch_size", "device", "dtype", "com
 FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch_size", "seed"}
 
 
-# --------------------------------------------------------------------------------------------------------- Logging
+# ---------------------------------------------------------------------------------------------------- Logging
 
 
 class NoWandb:
@@ -156,9 +155,8 @@ class Logger:
 
     def evaluation(self, step: int, nats: float, bpb: float, text: str) -> None:
         self.record(step, val_loss=nats, val_bpb=bpb)
-        self.say(
-            f"step {step:{len(str(self.config.max_steps))}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}"
-        )
+        width = len(str(self.config.max_steps))
+        self.say(f"step {step:{width}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}")
 
     def say(self, text: str) -> None:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
@@ -168,11 +166,11 @@ class Logger:
         self.wandb.finish()
 
 
-# -------------------------------------------------------------------------------------------------------- Training
+# --------------------------------------------------------------------------------------------------- Training
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, which takes a compiler beside torch; one warning where it does not."""
+    """Whether torch.compile works here, which takes a compiler beside torch; a warning where it does not."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as problem:  # each backend fails in a way of its own
@@ -228,7 +226,7 @@ class TrainManager:
         c = self.config
         return lr_cosine_schedule(self.step, c.max_lr, c.min_lr, c.warmup_steps, c.max_steps)
 
-    # ------------------------------------------------------------------------------------------------ One update
+    # --------------------------------------------------------------------------------------------- One update
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Make update self.step + 1; return its loss and the norm of its gradient, 0-d tensors."""
@@ -258,7 +256,7 @@ class TrainManager:
             )  # from the second update on, when its state exists
         return total, norm
 
-    # --------------------------------------------------------------------------------------------------- The rest
+    # ----------------------------------------------------------------------------------------------- The rest
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -326,11 +324,11 @@ class TrainManager:
                 self.save("last.pt")
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def resumed(given: dict) -> tuple[TrainConfig, dict]:
-    """The config and the state of the run in out_dir: its own keys, the machine's and those `given` laid over them."""
+    """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     state = CheckpointHandler(out_dir).load("last.pt")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
@@ -358,23 +356,19 @@ def start(given: dict) -> TrainConfig:
 
 def describe(manager: TrainManager) -> str:
     """What is about to run, in five lines."""
-    c, meta, tokens = manager.config, manager.meta, manager.config.batch_size * manager.config.context_length
-    return (
-        f"model   {sum(p.numel() for p in manager.params):,} parameters: {c.num_layers} layers, d_model {c.d_model}, "
-        f"{c.num_heads} heads, context {c.context_length}\n"
-        f"data    {meta['train_tokens']:,} tokens from {meta['source']} (sha256 {meta['sha256'][:12]})\n"
-        f"run     {c.max_steps:,} updates of {tokens:,} tokens: {c.max_steps * tokens / meta['train_tokens']:.2f} epochs\n"
-        f"machine {manager.device}, {str(manager.dtype).removeprefix('torch.')}, "
-        f"{'compiled' if manager.compiled else 'eager'}\n"
-        f"A loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.2f} nats would be a uniform guess among all "
-        f"{c.vocab_size} tokens: what a model that knows nothing gets."
-    )
+    c, meta, chosen = manager.config, manager.meta, manager.chosen()
+    count, tokens = sum(p.numel() for p in manager.params), c.batch_size * c.context_length
+    epochs = c.max_steps * tokens / meta["train_tokens"]
+    return f"""\
+model    {count:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads
+data     {meta["train_tokens"]:,} tokens of {meta["source"]} (sha256 {meta["sha256"][:12]})
+run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {epochs:.2f} epochs
+machine  {chosen["device"]}, {chosen["dtype"]}, {"compiled" if chosen["compile"] else "eager"}
+A loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.2f} nats is that of a guess among all tokens alike"""
 
 
 def main(argv: list[str]) -> None:
-    given, words = parse_args(TrainConfig, argv, __doc__)
-    if words:
-        raise ValueError(f"{words[0]}: keys are given as --key=value")
+    given = parse_args(TrainConfig, argv, __doc__)
     config, state = resumed(given) if given.get("resume") else (start(given), None)
     meta = load_meta(config.data_dir)
     config.vocab_size = config.vocab_size or meta["vocab_size"]
