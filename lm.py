@@ -296,11 +296,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: 
 
 
 def sample_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None, generator=None
 ) -> Tensor:
     """Draw a token from each row of logits (B, V) → (B,), int64. Raises ValueError for settings out of range.
 
@@ -451,12 +447,11 @@ class TransformerLM(nn.Module):  # needs: everything above
         unread = tokens[:, max(0, P - T) : P]
         for end in range(P, P + max_new_tokens):
             if caches[0].length == T:
-                caches = self.new_caches(B)
+                for cache in caches:
+                    cache.length = 0
                 unread = tokens[:, end - max(1, T // 2) : end]
-            logits = self.lm_head(
-                self.hidden(unread, caches)[:, -1]
-            )  # only the last position through the head
-            token = sample_token(logits, temperature, top_k, top_p, generator)
+            last = self.hidden(unread, caches)[:, -1]  # only the last position goes through the head
+            token = sample_token(self.lm_head(last), temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(done, eos_id)
                 done |= token == eos_id
@@ -548,9 +543,9 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
     """Windows of context_length + 1 tokens in a file of unsigned little-endian integers of any size.
 
     An epoch visits all n windows once, in an order of its own, which is not stored but computed: place i of
-    the epoch belongs to window π(i). π permutes 0 … n-1 by steps that can each be undone (add; multiply by an
-    odd number; fold high bits onto low ones) on the next power of two. What lands beyond n-1 is sent on until it
-    lands below: "cycle walking", Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
+    the epoch belongs to window π(i). π permutes 0 … n-1 on the next power of two, by steps that can each be
+    undone: add; multiply by an odd number; fold high bits onto low ones. What lands beyond n-1 is sent on,
+    until it lands below ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
 
     def __init__(self, path: str | os.PathLike, context_length: int, dtype, vocab_size: int | None = None):

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -850,7 +852,7 @@ def test_what_cannot_be_prepared_is_refused_and_the_old_data_stays(folder):
     before = {p.name: p.read_bytes() for p in Path("data").iterdir()}
     Path("empty.txt").touch()
     for argument in ("missing.txt", "empty.txt", "--val_fraction=1"):
-        with pytest.raises(ValueError, match=argument):
+        with pytest.raises((ValueError, OSError), match=argument):
             prepare.main([argument])
     assert {p.name: p.read_bytes() for p in Path("data").iterdir()} == before
 
@@ -1185,3 +1187,50 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
     )
     assert command("sample.py", "--prompt=-", "--max_new_tokens=1", stdin=b"hello").startswith("hello")
     sample.main(["--max_new_tokens=3", "--device=cpu"])  # an empty prompt begins after the end of a document
+
+
+# --------------------------------------------------------------------------------------------------- README.md
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_twenty_lines_print_what_they_promise(capsys):
+    code, promised = re.search(r"```python\n(.*?)```\n\nIt prints\n\n```\n(.*?)```", README, re.DOTALL).groups()
+    exec(code, {})
+    printed, number = capsys.readouterr().out, r"\d+\.\d+"
+    assert re.sub(number, "", printed) == re.sub(number, "", promised)
+    losses, stated = (list(map(float, re.findall(number, text))) for text in (printed, promised))
+    assert losses == pytest.approx(stated, abs=0.03) and losses[-1] < 0.1
+
+
+def test_the_readmes_commands_run(folder, capsys):
+    """Each in turn, in a folder of its own, small and short where it trains."""
+    short = ["--max_steps=2", "--num_layers=1", "--d_model=24", "--context_length=32", "--batch_size=2", "--device=cpu"]
+    commands = re.findall(r"^(?:    |.*&& )python (prepare|train|sample)\.py ?([^#\n]*?)(?: *#.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 6
+    Path("mytext.txt").write_text(TEXT)
+    Path("shakespeare.txt").write_text(TEXT)
+    for script, arguments in commands:
+        words = shlex.split(arguments)
+        if script == "train" and "--resume=True" not in words:
+            words += short
+        {"prepare": prepare, "train": train, "sample": sample}[script].main(words)
+    assert "sample more" in capsys.readouterr().out
+
+
+def test_the_readmes_guide_has_the_sections_of_lm_and_their_lines():
+    lines = (ROOT / "lm.py").read_text().splitlines()
+    starts = [i for i, line in enumerate(lines, 1) if re.match(r"# -{9,} ", line)] + [len(lines) + 1]
+    sections = {lines[a - 1].split("- ", 1)[1]: f"{a}–{b - 1}" for a, b in pairwise(starts)}
+    rows = re.findall(r"^\| (.*?) \|.*\| (\d+–\d+) \|$", README, re.MULTILINE)
+    assert dict(rows) == sections and [name for name, _ in rows] == list(sections)
+
+
+def test_lm_is_a_file_that_is_read_in_an_evening():
+    """The limits that the project sets itself: lines of the files, lines of a function."""
+    for name, limit in {"lm.py": 700, "prepare.py": 320, "train.py": 420, "sample.py": 90}.items():
+        source = (ROOT / name).read_text()
+        assert len(source.splitlines()) <= limit
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name} is too long"

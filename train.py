@@ -51,8 +51,8 @@ class TrainConfig:
     tie_embeddings: bool = False  # one matrix as embedding and as output
     dropout: float = 0.0  # share of each residual branch that is dropped
     # The optimization
-    max_steps: int = 2600  # updates
-    batch_size: int = 12  # windows in an update, whatever the hardware
+    max_steps: int = 2800  # updates
+    batch_size: int = 8  # windows in an update, whatever the hardware
     max_lr: float = 2e-3  # learning rate after the warm-up
     min_lr: float = 0.0  # learning rate at the end
     warmup_steps: int | None = None  # updates until max_lr; None: a twentieth of max_steps
@@ -63,9 +63,9 @@ class TrainConfig:
     seed: int = 0  # of the weights, the order of the data and dropout
     # What is reported and saved, and how often
     log_interval: int = 50  # updates between lines
-    eval_interval: int = 500  # updates between evaluations
+    eval_interval: int = 400  # updates between evaluations
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
-    checkpoint_interval: int = 500  # updates between checkpoints
+    checkpoint_interval: int = 400  # updates between checkpoints
     wandb_project: str | None = None  # log to this project of Weights & Biases too
     # The machine: not part of the run, so that it can be resumed on another
     micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
@@ -212,15 +212,13 @@ class TrainManager:
         self.compiled = self.device.type == "cuda" if c.compile == "auto" else c.compile
         self.compiled = self.compiled and can_compile(self.device)
         self.loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
+        self.compile_optimizer = self.compiled
         self.checkpoints = CheckpointHandler(c.out_dir)
 
     def chosen(self) -> dict:
         """What "auto" became."""
-        return {
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "compile": self.compiled,
-        }
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"device": str(self.device), "dtype": dtype, "compile": self.compiled}
 
     def rate(self) -> float:
         c = self.config
@@ -250,10 +248,8 @@ class TrainManager:
         self.scaler.update()
         self.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad(set_to_none=True)
-        if self.compiled and not hasattr(self.optimizer.step, "get_compiler_config"):
-            self.optimizer.step = torch.compile(
-                self.optimizer.step
-            )  # from the second update on, when its state exists
+        if self.compile_optimizer:  # only now, when its state exists, is its step one graph
+            self.compile_optimizer, self.optimizer.step = False, torch.compile(self.optimizer.step)
         return total, norm
 
     # ----------------------------------------------------------------------------------------------- The rest
