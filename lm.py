@@ -632,6 +632,8 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as problem:  # a full disk does not say which file it could not take
+        raise OSError(problem.errno, problem.strerror, str(problem.filename or path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

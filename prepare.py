@@ -93,9 +93,15 @@ def run(main) -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as problem:
-        where = getattr(problem, "filename", None)
-        print(f"error: {f'{where}: {problem.strerror}' if where else problem}", file=sys.stderr)
+        print(f"error: {in_words(problem)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def in_words(problem: Exception) -> str:
+    where = getattr(problem, "filename", None)
+    return f"{where}: {problem.strerror}" if where else str(problem)
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -246,29 +252,25 @@ def prepare_default(out_dir: str) -> None:
 
 def load_meta(data_dir: str) -> dict:
     """data_dir/meta.json. Raises ValueError where it is missing or damaged, with the remedy."""
-    path = Path(data_dir, "meta.json")
-    needed = {
-        "tokenizer",
-        "vocab_size",
-        "eos_id",
-        "dtype",
-        "train_tokens",
-        "val_tokens",
-        "val_bytes",
-        "source",
-        "sha256",
-    }
+    path, counts = Path(data_dir, "meta.json"), ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
+    kinds = {"tokenizer": dict, "vocab_size": int, "eos_id": int, "dtype": str, "source": str, "sha256": str}
     try:
         meta = json.loads(path.read_text())
-        missing = ", ".join(sorted(needed - set(meta)))
+        for key, kind in (kinds | dict.fromkeys(counts, int)).items():
+            if type(meta[key]) is not kind or (kind is int and not 0 <= meta[key] < 2**63):
+                raise ValueError(f"{key} is {meta[key]!r}")
+        if meta["dtype"] not in ("uint8", "uint16", "uint32") or not meta["eos_id"] < meta["vocab_size"]:
+            raise ValueError(
+                f"dtype, eos_id, vocab_size: {meta['dtype']}, {meta['eos_id']}, {meta['vocab_size']}"
+            )
     except FileNotFoundError:
         raise ValueError(
             f"{path}: not there; make it:  python prepare.py TEXT --out_dir={data_dir}"
         ) from None
-    except (ValueError, TypeError) as problem:
-        raise ValueError(f"{path}: damaged ({problem}); prepare the data again") from None
-    if missing:
-        raise ValueError(f"{path}: damaged ({missing} missing); prepare the data again")
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{path}: damaged ({type(problem).__name__}: {problem}); prepare the data again"
+        ) from None
     return meta
 
 

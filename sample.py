@@ -4,6 +4,7 @@ python sample.py --prompt="def "
 python sample.py --checkpoint=out-notes/best.pt --prompt=@opening.txt --temperature=1 --num_samples=3
 """
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,8 @@ class SampleConfig:
 def load_model(path: str) -> tuple[TransformerLM, object]:
     """The model and the tokenizer of a checkpoint, on the CPU."""
     state = CheckpointHandler(Path(path).parent).load(Path(path).name)
+    if not {"model", "config", "tokenizer"} <= set(state):
+        raise ValueError(f"{path}: no checkpoint of train.py")
     config = ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)})
     model = TransformerLM(config)
     model.load_state_dict(state["model"])
@@ -44,11 +47,14 @@ def load_model(path: str) -> tuple[TransformerLM, object]:
 def read_prompt(prompt: str) -> bytes:
     if prompt == "-":
         return sys.stdin.buffer.read()
-    return Path(prompt[1:]).read_bytes() if prompt.startswith("@") else prompt.encode()
+    return Path(prompt[1:]).read_bytes() if prompt.startswith("@") else os.fsencode(prompt)
 
 
 def main(argv: list[str]) -> None:
     c = SampleConfig(**parse_args(SampleConfig, argv, __doc__))
+    for name in ("max_new_tokens", "num_samples", "seed"):
+        if getattr(c, name) < 0:
+            raise ValueError(f"--{name}={getattr(c, name)}: must be at least 0")
     model, tokenizer = load_model(c.checkpoint)
     device, dtype = pick_device(c.device, c.dtype)
     model.to(device, dtype)

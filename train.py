@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from lm import (
     lr_cosine_schedule,
     mix64,
 )
-from prepare import load_meta, load_tokenizer, parse_args, pick_device, prepare_default, run
+from prepare import in_words, load_meta, load_tokenizer, parse_args, pick_device, prepare_default, run
 
 
 @dataclass
@@ -51,7 +52,7 @@ class TrainConfig:
     tie_embeddings: bool = False  # one matrix as embedding and as output
     dropout: float = 0.0  # share of each residual branch that is dropped
     # The optimization
-    max_steps: int = 2800  # updates
+    max_steps: int = 2500  # updates
     batch_size: int = 8  # windows in an update, whatever the hardware
     max_lr: float = 2e-3  # learning rate after the warm-up
     min_lr: float = 0.0  # learning rate at the end
@@ -63,9 +64,9 @@ class TrainConfig:
     seed: int = 0  # of the weights, the order of the data and dropout
     # What is reported and saved, and how often
     log_interval: int = 50  # updates between lines
-    eval_interval: int = 400  # updates between evaluations
+    eval_interval: int = 500  # updates between evaluations
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
-    checkpoint_interval: int = 400  # updates between checkpoints
+    checkpoint_interval: int = 500  # updates between checkpoints
     wandb_project: str | None = None  # log to this project of Weights & Biases too
     # The machine: not part of the run, so that it can be resumed on another
     micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
@@ -87,8 +88,10 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and not value >= bound:
                 raise ValueError(f"--{name}={value}: must be at least {bound}")
         for name in ("max_lr", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0 and finite")
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
         for name in ("beta1", "beta2"):
             if not getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: must be below 1")
@@ -124,8 +127,10 @@ class Logger:
         self.config, self.start, self.first_step = config, time.perf_counter(), step
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
         path = Path(config.out_dir, "metrics.jsonl")
-        lines = path.read_text().splitlines() if step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        kept = [
+            line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
+        ]  # whole lines
         path.write_text("".join(f"{line}\n" for line in kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.wandb = NoWandb()
@@ -187,10 +192,7 @@ class TrainManager:
         c, self.config, self.meta = config, config, meta
         self.tokenizer = load_tokenizer(meta["tokenizer"])
         self.device, self.dtype = pick_device(c.device, c.dtype)
-        self.train_data, self.val_data = (
-            MemmapTokenDataset(Path(c.data_dir, name), c.context_length, meta["dtype"], c.vocab_size)
-            for name in ("train.bin", "val.bin")
-        )
+        self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
         self.model = TransformerLM(c.model()).to(self.device)
         self.params = list(self.model.parameters())
@@ -204,6 +206,9 @@ class TrainManager:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.step, self.best_val_loss, self.skipped, self.stop_signal = 0, math.inf, 0, None
+        self.norms = torch.zeros(
+            (), device=self.device
+        )  # of all gradients: not finite from the first that is not
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -214,6 +219,17 @@ class TrainManager:
         self.loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
         self.compile_optimizer = self.compiled
         self.checkpoints = CheckpointHandler(c.out_dir)
+
+    def open_data(self, split: str) -> MemmapTokenDataset:
+        c, path = self.config, Path(self.config.data_dir, f"{split}.bin")
+        data = MemmapTokenDataset(path, c.context_length, self.meta["dtype"], c.vocab_size)
+        if len(data.tokens) != self.meta[f"{split}_tokens"]:
+            stated = f"{self.meta[f'{split}_tokens']:,} of type {self.meta['dtype']}"
+            raise ValueError(
+                f"{path}: {len(data.tokens):,} tokens, but meta.json says {stated}; prepare it again"
+            )
+        data.windows(np.arange(min(len(data), 4096)) * c.context_length)  # a cheap look for ids out of range
+        return data
 
     def chosen(self) -> dict:
         """What "auto" became."""
@@ -246,7 +262,10 @@ class TrainManager:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
         self.scaler.update()
-        self.skipped += self.scaler.get_scale() < scale
+        if self.scaler.is_enabled():
+            self.skipped += self.scaler.get_scale() < scale
+        else:
+            self.norms += norm
         self.optimizer.zero_grad(set_to_none=True)
         if self.compile_optimizer:  # only now, when its state exists, is its step one graph
             self.compile_optimizer, self.optimizer.step = False, torch.compile(self.optimizer.step)
@@ -277,6 +296,15 @@ class TrainManager:
         stream = self.model.stream(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
         return "".join(self.tokenizer.decode(token.item() for token in stream))
 
+    def check(self) -> None:
+        """Stop where there is nothing left to train. It waits for the device, so it is not called at each update."""
+        if not self.norms.isfinite() or self.scaler.get_scale() < 2**-20:
+            raise ValueError(
+                f"the loss or its gradient is not finite at update {self.step} or shortly before; the files in "
+                f"{self.config.out_dir} hold finite weights; try a --max_lr below {self.config.max_lr}, more "
+                f"--warmup_steps than {self.config.warmup_steps}, or --dtype=float32"
+            )
+
     def save(self, name: str, with_optimizer: bool = True) -> None:
         state = {
             "model": self.model.state_dict(),
@@ -289,6 +317,14 @@ class TrainManager:
         if with_optimizer:
             state["optimizer"] = self.optimizer.state_dict()
         self.checkpoints.save(name, state)
+
+    def save_last(self) -> None:
+        """Save last.pt; the one before stays as prev.pt, should last.pt ever be found damaged."""
+        self.save("next.pt")
+        last = self.checkpoints.folder / "last.pt"
+        if last.exists():
+            os.replace(last, last.with_name("prev.pt"))
+        os.replace(last.with_name("next.pt"), last)
 
     def validate(self, logger: Logger) -> None:
         nats, bpb = self.evaluate()
@@ -303,8 +339,13 @@ class TrainManager:
         mark, marked = time.perf_counter(), self.step
         while self.step < c.max_steps and not self.stop_signal:
             loss, norm = self.update()
-            last = self.step == c.max_steps
-            if self.step % c.log_interval == 0 or last:
+            log, validate, save = (
+                self.step % interval == 0 or self.step == c.max_steps
+                for interval in (c.log_interval, c.eval_interval, c.checkpoint_interval)
+            )
+            if log or validate or save or self.stop_signal:
+                self.check()
+            if log:
                 values = {"train_loss": loss.item(), "lr": self.rate(), "grad_norm": norm.item()}
                 tokens = (self.step - marked) * c.batch_size * c.context_length
                 values["tokens_per_second"] = tokens / (time.perf_counter() - mark)
@@ -312,12 +353,12 @@ class TrainManager:
                     values["skipped"] = self.skipped
                 logger.progress(self.step, values)
                 mark, marked = time.perf_counter(), self.step
-            if self.step % c.eval_interval == 0 or last:
+            if validate:
                 pause = time.perf_counter()
                 self.validate(logger)
                 mark += time.perf_counter() - pause
-            if self.step % c.checkpoint_interval == 0 or last or self.stop_signal:
-                self.save("last.pt")
+            if save or self.stop_signal:
+                self.save_last()
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -326,7 +367,16 @@ class TrainManager:
 def resumed(given: dict) -> tuple[TrainConfig, dict]:
     """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    state = CheckpointHandler(out_dir).load("last.pt")
+    checkpoints = CheckpointHandler(out_dir)
+    try:
+        state = checkpoints.load("last.pt")
+    except (ValueError, OSError) as problem:
+        if not Path(out_dir, "prev.pt").exists():
+            raise
+        print(f"{in_words(problem)}; going on from the checkpoint before it, {Path(out_dir, 'prev.pt')}")
+        state = checkpoints.load("prev.pt")
+    if set(state.get("config", ())) != {field.name for field in dataclasses.fields(TrainConfig)}:
+        raise ValueError(f"{out_dir}/last.pt: not made by this version of train.py")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
@@ -339,9 +389,9 @@ def resumed(given: dict) -> tuple[TrainConfig, dict]:
 def start(given: dict) -> TrainConfig:
     """The config of a fresh run, in a folder that holds none yet."""
     config = TrainConfig(**given)
-    if Path(config.out_dir, "last.pt").exists():
+    if any(Path(config.out_dir, name).exists() for name in ("last.pt", "prev.pt")):
         raise ValueError(
-            f"{config.out_dir}/last.pt holds a run already; go on with it:  python train.py --resume=True "
+            f"{config.out_dir} holds a run already; go on with it:  python train.py --resume=True "
             f"--out_dir={config.out_dir}  or keep it:  python train.py --out_dir={config.out_dir}-2"
         )
     if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
@@ -360,7 +410,7 @@ model    {count:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.nu
 data     {meta["train_tokens"]:,} tokens of {meta["source"]} (sha256 {meta["sha256"][:12]})
 run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {epochs:.2f} epochs
 machine  {chosen["device"]}, {chosen["dtype"]}, {"compiled" if chosen["compile"] else "eager"}
-A loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.2f} nats is that of a guess among all tokens alike"""
+A loss of {math.log(c.vocab_size):.2f} nats, ln({c.vocab_size}), is a blind guess among all tokens."""
 
 
 def main(argv: list[str]) -> None:
@@ -368,6 +418,12 @@ def main(argv: list[str]) -> None:
     config, state = resumed(given) if given.get("resume") else (start(given), None)
     meta = load_meta(config.data_dir)
     config.vocab_size = config.vocab_size or meta["vocab_size"]
+    if config.vocab_size < meta["vocab_size"]:
+        raise ValueError(f"--vocab_size={config.vocab_size}: the tokenizer has {meta['vocab_size']} tokens")
+    if state and state["tokenizer"] != meta["tokenizer"]:
+        raise ValueError(
+            f"--data_dir={config.data_dir}: not the tokenizer that the run in {config.out_dir} has"
+        )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"--wandb_project={config.wandb_project}: needs the package wandb: pip install wandb"
@@ -384,7 +440,12 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     start_time = time.perf_counter()
-    manager.train(logger)
+    try:
+        manager.train(logger)
+    except torch.OutOfMemoryError:
+        keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
+        values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
+        raise ValueError(f"{manager.device} is out of memory; lower one of {values}") from None
     seconds = int(time.perf_counter() - start_time)
     logger.close()
     again = f"python train.py --resume=True --out_dir={config.out_dir}"
