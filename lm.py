@@ -632,8 +632,13 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as problem:  # a full disk does not say which file it could not take
-        raise OSError(problem.errno, problem.strerror, str(problem.filename or path)) from None
+    except (OSError, RuntimeError) as problem:  # torch.save makes a RuntimeError of the OSError that it met
+        cause = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(
+            cause.errno, cause.strerror, str(cause.filename or path)
+        ) from None  # a full disk names none
     finally:
         temporary.unlink(missing_ok=True)
 

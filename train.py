@@ -75,26 +75,17 @@ class TrainConfig:
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
 
     def __post_init__(self):
-        least = {
-            "max_steps": 1,
-            "batch_size": 1,
-            "micro_batch_size": 1,
-            "log_interval": 1,
-            "eval_interval": 1,
-        }
-        least |= {"checkpoint_interval": 1, "eval_tokens": 0, "min_lr": 0, "weight_decay": 0, "seed": 0}
-        least |= {"beta1": 0, "beta2": 0, "warmup_steps": 0}
-        for name, bound in least.items():
-            if (value := getattr(self, name)) is not None and not value >= bound:
-                raise ValueError(f"--{name}={value}: must be at least {bound}")
-        for name in ("max_lr", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0 and finite")
+        at_least = dict.fromkeys(("max_steps", "batch_size", "log_interval", "eval_interval"), 1)
+        at_least |= {"checkpoint_interval": 1, "micro_batch_size": 1, "warmup_steps": 0, "eval_tokens": 0}
+        at_least |= dict.fromkeys(("min_lr", "weight_decay", "beta1", "beta2", "seed"), 0)
+        for name, bound in at_least.items():
+            if (value := getattr(self, name)) is not None and not bound <= value < 2**63:
+                raise ValueError(f"--{name}={value}: must be at least {bound}, and below 2**63")
+        for name, bound in {"max_lr": math.inf, "grad_clip": math.inf, "beta1": 1, "beta2": 1}.items():
+            if not getattr(self, name) < bound or (bound == math.inf and not getattr(self, name) > 0):
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0 and below {bound}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
-        for name in ("beta1", "beta2"):
-            if not getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be below 1")
         if self.warmup_steps is None:
             self.warmup_steps = self.max_steps // 20
 
@@ -122,7 +113,7 @@ class NoWandb:
 class Logger:
     """Reports a run: to the console, to out_dir/metrics.jsonl, and to Weights & Biases."""
 
-    def __init__(self, config: TrainConfig, chosen: dict, step: int):
+    def __init__(self, config: TrainConfig, step: int):
         """Go on after update `step`: what metrics.jsonl holds of later ones is cut off."""
         self.config, self.start, self.first_step = config, time.perf_counter(), step
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
@@ -137,9 +128,9 @@ class Logger:
         if config.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config) | chosen)
+            self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config))
         if not step:
-            self.record(0, config=dataclasses.asdict(config) | chosen)
+            self.record(0, config=dataclasses.asdict(config))
 
     def record(self, step: int, **values) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -192,6 +183,10 @@ class TrainManager:
         c, self.config, self.meta = config, config, meta
         self.tokenizer = load_tokenizer(meta["tokenizer"])
         self.device, self.dtype = pick_device(c.device, c.dtype)
+        compiled = self.device.type == "cuda" if c.compile == "auto" else c.compile
+        # What "auto" became is part of the record: of checkpoints and of the first line of metrics.jsonl.
+        c.device, c.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
+        c.compile = compiled and can_compile(self.device)
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
         self.model = TransformerLM(c.model()).to(self.device)
@@ -206,18 +201,14 @@ class TrainManager:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.step, self.best_val_loss, self.skipped, self.stop_signal = 0, math.inf, 0, None
-        self.norms = torch.zeros(
-            (), device=self.device
-        )  # of all gradients: not finite from the first that is not
+        self.norms = torch.zeros((), device=self.device)  # their sum: finite while all gradients were
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.best_val_loss = state["step"], state["best_val_loss"]
-        self.compiled = self.device.type == "cuda" if c.compile == "auto" else c.compile
-        self.compiled = self.compiled and can_compile(self.device)
-        self.loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
-        self.compile_optimizer = self.compiled
+        self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
+        self.compile_optimizer = c.compile
         self.checkpoints = CheckpointHandler(c.out_dir)
 
     def open_data(self, split: str) -> MemmapTokenDataset:
@@ -230,11 +221,6 @@ class TrainManager:
             )
         data.windows(np.arange(min(len(data), 4096)) * c.context_length)  # a cheap look for ids out of range
         return data
-
-    def chosen(self) -> dict:
-        """What "auto" became."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"device": str(self.device), "dtype": dtype, "compile": self.compiled}
 
     def rate(self) -> float:
         c = self.config
@@ -297,12 +283,12 @@ class TrainManager:
         return "".join(self.tokenizer.decode(token.item() for token in stream))
 
     def check(self) -> None:
-        """Stop where there is nothing left to train. It waits for the device, so it is not called at each update."""
+        """Stop where nothing is left to train. It waits for the device: not to be called at each update."""
         if not self.norms.isfinite() or self.scaler.get_scale() < 2**-20:
             raise ValueError(
-                f"the loss or its gradient is not finite at update {self.step} or shortly before; the files in "
-                f"{self.config.out_dir} hold finite weights; try a --max_lr below {self.config.max_lr}, more "
-                f"--warmup_steps than {self.config.warmup_steps}, or --dtype=float32"
+                f"loss or gradient not finite at update {self.step} or shortly before; {self.config.out_dir} "
+                f"holds finite weights; try --max_lr below {self.config.max_lr}, --warmup_steps above "
+                f"{self.config.warmup_steps}, or --dtype=float32"
             )
 
     def save(self, name: str, with_optimizer: bool = True) -> None:
@@ -367,14 +353,16 @@ class TrainManager:
 def resumed(given: dict) -> tuple[TrainConfig, dict]:
     """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    checkpoints = CheckpointHandler(out_dir)
+    checkpoints, last, prev = CheckpointHandler(out_dir), Path(out_dir, "last.pt"), Path(out_dir, "prev.pt")
     try:
         state = checkpoints.load("last.pt")
     except (ValueError, OSError) as problem:
-        if not Path(out_dir, "prev.pt").exists():
+        if not prev.exists():
             raise
-        print(f"{in_words(problem)}; going on from the checkpoint before it, {Path(out_dir, 'prev.pt')}")
+        print(f"{in_words(problem)}; going on from the checkpoint before it, {prev}")
         state = checkpoints.load("prev.pt")
+        if last.exists():
+            os.replace(last, last.with_name("damaged.pt"))
     if set(state.get("config", ())) != {field.name for field in dataclasses.fields(TrainConfig)}:
         raise ValueError(f"{out_dir}/last.pt: not made by this version of train.py")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
@@ -402,14 +390,14 @@ def start(given: dict) -> TrainConfig:
 
 def describe(manager: TrainManager) -> str:
     """What is about to run, in five lines."""
-    c, meta, chosen = manager.config, manager.meta, manager.chosen()
+    c, meta = manager.config, manager.meta
     count, tokens = sum(p.numel() for p in manager.params), c.batch_size * c.context_length
     epochs = c.max_steps * tokens / meta["train_tokens"]
     return f"""\
 model    {count:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads
 data     {meta["train_tokens"]:,} tokens of {meta["source"]} (sha256 {meta["sha256"][:12]})
 run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {epochs:.2f} epochs
-machine  {chosen["device"]}, {chosen["dtype"]}, {"compiled" if chosen["compile"] else "eager"}
+machine  {c.device}, {c.dtype}, {"compiled" if c.compile else "eager"}
 A loss of {math.log(c.vocab_size):.2f} nats, ln({c.vocab_size}), is a blind guess among all tokens."""
 
 
@@ -428,10 +416,22 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"--wandb_project={config.wandb_project}: needs the package wandb: pip install wandb"
         )
+    try:
+        run_training(config, meta, state)
+    except (RuntimeError, MemoryError) as problem:  # the CPU's allocator raises a RuntimeError
+        if not isinstance(problem, torch.OutOfMemoryError | MemoryError) and "allocate" not in str(problem):
+            raise
+        keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
+        values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
+        raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
+
+
+def run_training(config: TrainConfig, meta: dict, state: dict | None) -> None:
+    """The run from where it stands to its end, or to a signal."""
     manager = TrainManager(config, meta, state)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     print(describe(manager))
-    logger = Logger(config, manager.chosen(), manager.step)
+    logger = Logger(config, manager.step)
 
     def stop(number: int, frame) -> None:
         manager.stop_signal = number
@@ -440,12 +440,7 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     start_time = time.perf_counter()
-    try:
-        manager.train(logger)
-    except torch.OutOfMemoryError:
-        keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
-        values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
-        raise ValueError(f"{manager.device} is out of memory; lower one of {values}") from None
+    manager.train(logger)
     seconds = int(time.perf_counter() - start_time)
     logger.close()
     again = f"python train.py --resume=True --out_dir={config.out_dir}"
