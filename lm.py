@@ -1,7 +1,7 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
 Read it from top to bottom: no name is used before it is defined. Each class or function may be copied out on
-its own; where it leans on others, the comment behind its first line says which.
+its own, with the others that the comment `# needs:` at its head names.
 
     tokens (B, T)                     TransformerBlock:  x ─┬─ RMSNorm ─ MultiheadSelfAttention ─┐
       │                                                     └───────────────── + ◄───────────────┘
@@ -19,6 +19,9 @@ Legend, used in every shape:
     D  d_model, the width of the residual stream      G  heads of keys and values, each serving H / G of the H
     H  heads (of queries)                             S  time of keys and values: T and what is cached before
     K  head size, D / H
+Tokens are integers that stand for pieces of text. The residual stream is the vector of each token that all
+blocks read and add to. Logits are scores of what may come next; softmax makes probabilities of them. The loss
+is the mean of -ln(probability of the true next token), in nats.
 """
 
 import contextlib
@@ -103,7 +106,7 @@ class RoPE(nn.Module):
         x_j       ← x_j·cos - x_{j+K/2}·sin
         x_{j+K/2} ← x_{j+K/2}·cos + x_j·sin
 
-    The dot product of two vectors so rotated depends on their distance in time, not on where they stand.
+    for j = 0 … K/2-1. The dot product of two vectors so rotated depends on the distance of their positions.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; the pairs are those of Hugging Face's Llama.
     """
 
@@ -138,24 +141,26 @@ class SwiGLU(nn.Module):  # needs: Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # gate and up: (..., F)
 
 
 # ---------------------------------------------------------------------------------------------------- KVCache
 
 
 class KVCache:
-    """The keys and values of the tokens that one attention layer has seen, so that none is computed twice."""
+    """The keys and values (see attention, below) of the tokens seen so far: none is computed twice."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        """shape: (B, G, context_length, K). The memory is taken once; generating allocates nothing."""
+        """shape: (B, G, context_length, K). Their memory is taken once, for the whole window."""
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, T, K); return all that is held, (B, G, S, K) each."""
+        """Append k, v (B, G, T, K); return all held, (B, G, S, K) each. Raises ValueError when full."""
         start, self.length = self.length, self.length + k.shape[2]
+        if self.length > self.keys.shape[2]:
+            raise ValueError(f"{self.length} tokens are more than the cache's {self.keys.shape[2]}")
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -167,6 +172,7 @@ class KVCache:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(Q Kᵀ / √K) V, where each token sees itself and what came before it.
 
+    Each token asks with its query q; the better another's key k answers, the more it gets of its value v.
     q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
@@ -177,9 +183,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same by what is faster: the lines above, or torch's fused kernel, which holds no (T, S) scores."""
+    """The same by what is faster: the lines above, or torch's kernel, which never holds all the scores.
+
+    The kernel's causal mask is right for T = S, and one query needs no mask. In bfloat16 on a CPU the plain
+    lines won up to T = 512, except for one query: the kernel generated batches of 16 1.3 times as fast.
+    """
     T, S = q.shape[2], k.shape[2]
-    if 1 < T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512):
+    if T > 1 and (T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512)):
         return attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
 
@@ -218,9 +228,8 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
 # ------------------------------------------------------------------------------------------- TransformerBlock
 
 
-class TransformerBlock(
-    nn.Module
-):  # needs: Linear, RMSNorm, RoPE, SwiGLU, KVCache, attention, fast_attention, MultiheadSelfAttention
+class TransformerBlock(nn.Module):
+    # needs: Linear, RMSNorm, RoPE, SwiGLU, KVCache, attention, fast_attention, MultiheadSelfAttention
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
     With the norm before each branch ("pre-norm"), the residual stream x itself is never rescaled: gradients
@@ -240,7 +249,7 @@ class TransformerBlock(
 
     def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) whose tokens stand at positions (T,) → (B, T, D)."""
-        p = self.dropout if self.training and cache is None else 0.0  # generating is never random here
+        p = self.dropout if self.training and cache is None else 0.0  # no dropout while generating
         x = x + F.dropout(self.self_attn(self.input_layernorm(x), positions, cache), p)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), p)
 
@@ -253,34 +262,36 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     Equal, in value and gradient, to F.cross_entropy((x @ weight.T).float(), targets), whose (N, V) numbers
     would be the largest in memory by far. Here a chunk of rows at a time gives its part of the loss and, at
-    once, of the gradients, because ∂loss/∂logits = (softmax - onehot) / N needs nothing but the logits.
+    once, of the gradients, because ∂loss/∂logits = (softmax - onehot) / N needs nothing but the logits. Every
+    target counts: there is no ignore_index.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
-        """x (N, D), weight (V, D), targets (N,) → (); with_grad False (evaluation) skips the gradients."""
+        """x (N, D), weight (V, D), targets (N,) → (), float32. ctx carries what backward needs."""
         w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        if with_grad:
+            dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+            ctx.save_for_backward(dx, dw)
         rows = min(4096, max(256, 2**24 // len(w)))  # at most 64 MiB of float32 logits, for V up to 65,536
-        for chunk, target, out in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
+        for start in range(0, len(x), rows):
+            chunk, target = x[start : start + rows], targets[start : start + rows]
             logits = (chunk @ w.T).float()  # (rows, V)
             logits -= logits.logsumexp(-1, keepdim=True)  # now log-probabilities
             total -= logits.gather(-1, target[:, None]).sum()
             if with_grad:
-                error = logits.exp_()
-                error.scatter_add_(-1, target[:, None], -torch.ones_like(error[:, :1]))
-                error = error.to(
-                    x.dtype
-                )  # within ±1, which float16 can hold: dividing by N waits for backward
-                torch.mm(error, w, out=out)
+                error = logits.exp_()  # after the next line, softmax - onehot, which float16 can hold
+                error[torch.arange(len(target), device=x.device), target] -= 1
+                error = error.to(x.dtype)
+                dx[start : start + rows] = error @ w
                 dw += error.T @ chunk
-        ctx.save_for_backward(dx, dw)
         return total / len(x)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)
+        scale = grad / len(dx)  # 1 / N waits until here, where the loss scale of float16 multiplies it
         return dx * scale, dw * scale, None, None
 
 
@@ -288,6 +299,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: 
     """LinearCrossEntropy of x (..., D), weight (V, D) and targets (...), in nats; heeds autocast."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    # Asked here, because inside forward gradients are always off: an evaluation forms none.
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), with_grad)
 
@@ -319,7 +331,7 @@ def sample_token(
     if temperature == 0:
         return logits.argmax(-1)
     # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     ids = None
     if top_k < V or top_p < 1:
         logits, ids = logits.topk(min(top_k, V))  # (B, k), in descending order
@@ -327,9 +339,10 @@ def sample_token(
     if top_p < 1:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before >= top_p, 0.0)
-    # argmax(p / Exp(1)) is distributed as p, like the winner of a race between exponential clocks. Unlike
-    # torch.multinomial it asks for no normalization and never waits for the GPU.
-    choice = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    # argmax(p / Exp(1)) is distributed as p, like the winner of a race between exponential clocks, and unlike
+    # torch.multinomial never waits for the GPU. The clamp: a clock that shows 0 would make 0 / 0 of p = 0.
+    clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
+    choice = (probs / clocks).argmax(-1, keepdim=True)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
@@ -338,7 +351,7 @@ def sample_token(
 
 @dataclass
 class ModelConfig:
-    """The shape of a TransformerLM. Impossible shapes raise ValueError."""
+    """The shape of a TransformerLM. One that cannot be raises ValueError."""
 
     vocab_size: int
     context_length: int
@@ -346,7 +359,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = None  # None: 8/3 · d_model; three such matrices cost what two of 4 · d_model would
+    d_ff: int | None = None  # None: 8/3 · d_model, to a multiple of 8: three such cost as two of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output
@@ -389,7 +402,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight
-        # The residual stream sums 2 · num_layers branches: scaled so, its variance does not grow with depth.
+        # The residual stream sums 2 · num_layers branches: divided so, its variance does not grow with depth.
         with torch.no_grad():
             for layer in self.layers:
                 layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
@@ -434,9 +447,10 @@ class TransformerLM(nn.Module):  # needs: everything above
     ) -> Iterator[Tensor]:
         """Yield the tokens that follow prompt (B, P), int64, P ≥ 1: (B,) at a time, as they come.
 
-        A row that has drawn eos_id repeats it; the stream ends when all rows have. When the window is full,
+        A row that has drawn eos_id repeats it; the stream ends when all have. When the window is full,
         its last half is read again into an empty cache and the stream goes on, for as long as asked.
-        temperature, top_k, top_p: as for sample_token. Raises ValueError where they are out of range.
+        temperature, top_k, top_p: as for sample_token. Raises ValueError, at the first token, for what is out
+        of range. The tokens are inference tensors: clone them to train on them, or take those of `generate`.
         """
         (B, P), T = prompt.shape, self.config.context_length
         if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
@@ -472,39 +486,38 @@ class TransformerLM(nn.Module):  # needs: everything above
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay, for parameters θ with gradients g at step t:
 
-        θ ← θ - η·λ·θ                            decay; only matrices: a gain has no reason to be small
+        θ ← θ - η·λ·θ                            decay; give gains a group with weight_decay=0
         m ← β₁·m + (1 - β₁)·g                    mean of the gradients
         v ← β₂·v + (1 - β₂)·g²                   mean of their squares
         θ ← θ - η·(m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
-    lr may be a 0-d tensor: then `torch.compile(optimizer.step)` is one graph whatever the rate.
+    t is counted once a group. lr may be a 0-d tensor: `torch.compile(optimizer.step)` then serves every rate.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            group["step"] = torch.zeros((), device=group["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-            decay = 1 - lr * group["weight_decay"]
+            group["step"] = t = group["step"] + 1
+            decay, rate, correction = 1 - lr * group["weight_decay"], lr / (1 - beta1**t), 1 - beta2**t
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 state = self.state[param]
                 if not state:
-                    state["step"] = torch.zeros((), device=param.device)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-                t, m, v, g = state["step"], state["exp_avg"], state["exp_avg_sq"], param.grad
-                t += 1
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+                m, v, g = state["exp_avg"], state["exp_avg_sq"], param.grad
                 param.mul_(decay)
                 m.lerp_(g, 1 - beta1)
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                denominator = (v / (1 - beta2**t)).sqrt_().add_(eps)
-                param.addcmul_(m / denominator, lr / (1 - beta1**t), value=-1)
+                param.addcmul_(m / (v / correction).sqrt_().add_(eps), rate, value=-1)
         return loss
 
 
@@ -524,18 +537,17 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
 
 
-def mix64(*values) -> np.ndarray:
-    """Hash integers (or arrays of them) to uniform uint64: splitmix64's finalizer, folded over the values.
+def mix64(*values: int) -> int:
+    """Hash non-negative integers below 2⁶⁴ to a uniform one: splitmix64's finalizer, folded over the values.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
     """
-    h = np.uint64(0)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        for value in values:
-            h = (h ^ np.asarray(value, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            h = h ^ (h >> np.uint64(31))
+    h, mask = 0, 2**64 - 1
+    for value in values:
+        h = ((h ^ value) + 0x9E3779B97F4A7C15) & mask
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & mask
+        h ^= h >> 31
     return h
 
 
@@ -546,12 +558,13 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
     the epoch belongs to window π(i). π permutes 0 … n-1 on the next power of two, by steps that can each be
     undone: add; multiply by an odd number; fold high bits onto low ones. What lands beyond n-1 is sent on,
     until it lands below ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    Each epoch also shifts all its windows by an offset of its own, so that they begin at other tokens.
     """
 
     def __init__(self, path: str | os.PathLike, context_length: int, dtype, vocab_size: int | None = None):
         """Raises ValueError for a file that is no whole number of tokens or shorter than a window."""
         self.path, self.context_length, self.vocab_size = Path(path), context_length, vocab_size
-        dtype = np.dtype(dtype).newbyteorder("<")
+        self.dtype = dtype = np.dtype(dtype).newbyteorder("<")
         size, need = self.path.stat().st_size, (context_length + 1) * dtype.itemsize
         if size % dtype.itemsize:
             raise ValueError(
@@ -565,6 +578,10 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
         self.tokens = np.memmap(self.path, dtype, mode="r")
         self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, context_length + 1)  # no copy
         self.num_windows = max(1, (len(self.tokens) - context_length) // context_length)
+
+    def __reduce__(self):
+        # A DataLoader's workers open the file themselves: pickled as it is, the map would be copied whole.
+        return type(self), (self.path, self.context_length, self.dtype, self.vocab_size)
 
     def __len__(self) -> int:
         return self.num_windows
@@ -588,35 +605,35 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
         tokens = torch.from_numpy(rows.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
-    def batch(
-        self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """(x, y) of this rank's batch_size / world_size rows of batch `step`, from 0: a pure function."""
+    def batch(self, step: int, batch_size: int, seed: int, rank=0, world_size=1) -> tuple[Tensor, Tensor]:
+        """(x, y), as of `windows`: this rank's batch_size / world_size rows of batch `step`, from 0.
+
+        It depends on the arguments and the file alone. Raises ValueError if the ranks cannot share evenly.
+        """
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
         share, n, T = batch_size // world_size, self.num_windows, self.context_length
-        index = step * batch_size + rank * share + np.arange(share, dtype=np.uint64)
-        epoch, index = index // np.uint64(n), index % np.uint64(n)
-        key = mix64(seed, epoch)
-        window = self._shuffle(index, key)
-        offset = mix64(key, 1) % np.uint64(min(T, len(self.tokens) - n * T))
-        return self.windows((window * np.uint64(T) + offset).astype(np.int64))
+        first, starts = step * batch_size + rank * share, []
+        for epoch in range(first // n, (first + share - 1) // n + 1):  # nearly always one
+            places = np.arange(max(first, epoch * n), min(first + share, (epoch + 1) * n)) - epoch * n
+            key = mix64(seed, epoch)
+            offset = key % min(T, len(self.tokens) - n * T)
+            starts.append(self._shuffle(places, key) * T + offset)
+        return self.windows(np.concatenate(starts))
 
-    def _shuffle(self, index: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """π(index) for each key, both (B,), uint64."""
+    def _shuffle(self, places: np.ndarray, key: int) -> np.ndarray:
+        """π(places), int64, for the permutation π that belongs to key."""
         bits = max(1, (self.num_windows - 1).bit_length())
         mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
-        index = index.copy()
-        outside = np.ones(len(index), dtype=bool)
+        x, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
         while outside.any():
-            x, k = index[outside], key[outside]
-            for _ in range(3):
-                k = mix64(k)
-                x = ((x + k) * (k >> np.uint64(32) | np.uint64(1))) & mask
-                x ^= x >> half
-            index[outside] = x
-            outside = index >= self.num_windows
-        return index
+            y = x[outside]
+            for i in range(3):
+                y = (y + np.uint64(mix64(key, 2 * i))) * np.uint64(mix64(key, 2 * i + 1) | 1) & mask
+                y ^= y >> half
+            x[outside] = y
+            outside = x >= self.num_windows
+        return x.astype(np.int64)
 
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
@@ -644,7 +661,7 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 class CheckpointHandler:  # needs: replacing
-    """Saves and loads dictionaries of tensors and plain values: whole or not at all, no damaged bit unseen.
+    """Saves and loads dictionaries of tensors and plain values: whole or not at all; damage is noticed.
 
     A file is what torch.save writes and then its CRC-32, 4 bytes, little-endian, which torch.load ignores.
     """
@@ -672,7 +689,8 @@ class CheckpointHandler:  # needs: replacing
             except (
                 Exception
             ) as problem:  # of whatever type: the bytes are as they were written, but not by `save`
-                raise ValueError(f"{path}: no checkpoint: {str(problem).splitlines()[0]}") from problem
+                reason = (str(problem) or type(problem).__name__).splitlines()[0]
+                raise ValueError(f"{path}: no checkpoint: {reason}") from problem
 
     @staticmethod
     def _crc32(file, size: int) -> bytes:

@@ -115,13 +115,9 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"--device={device}: not usable here: {str(problem).splitlines()[0]}") from None
     if dtype == "auto":
-        fast = {
-            "cuda": lambda: torch.cuda.is_bf16_supported(False),
-            "cpu": bfloat16_is_fast,
-            "mps": lambda: False,
-        }
-        slow = "float16" if device.type == "cuda" else "float32"
-        dtype = "bfloat16" if fast[device.type]() else slow
+        cuda = device.type == "cuda"
+        fast = torch.cuda.is_bf16_supported(False) if cuda else device.type == "cpu" and bfloat16_is_fast()
+        dtype = "bfloat16" if fast else "float16" if cuda else "float32"
     return device, getattr(torch, dtype)
 
 
@@ -153,7 +149,7 @@ class ByteTokenizer:
         """Yield text as the ids come; a character that spans several is held back until it is whole."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
-            yield decoder.decode(bytes([token]))
+            yield decoder.decode(bytes([token]) if token < 256 else b"\xff")  # 256 and up: padding, no byte
         yield decoder.decode(b"", final=True)
 
 
@@ -189,8 +185,8 @@ def find_documents(inputs: list[str], val_fraction: float) -> list[tuple[Path, b
     """(path, held out?) of each file named and each file in a folder named; "-" is standard input."""
     paths = []
     for path in map(Path, inputs):
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        paths += files if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
+        paths += files if path.is_dir() else [path]  # nothing hidden, such as .git
     return [(path, int((i + 1) * val_fraction) > int(i * val_fraction)) for i, path in enumerate(paths)]
 
 
@@ -224,13 +220,14 @@ def prepare(
                 sizes[held_out] += len(block)
                 digest.update(block)
         if not val.tell():
-            cut = train.tell() // dtype.itemsize
-            cut -= int(cut * val_fraction)
+            total = train.tell() // dtype.itemsize
+            cut = total - int(total * val_fraction)
             train.seek(cut * dtype.itemsize)
             while block := train.read(2**20):
                 val.write(block)
             train.truncate(cut * dtype.itemsize)
-            sizes = [cut, sizes[0] - cut]
+            held = sizes[0] * (total - cut) // max(total, 1)
+            sizes = [sizes[0] - held, held]
         tokens = [file.seek(0, 2) // dtype.itemsize for file in (train, val)]
         if not all(tokens):
             raise ValueError(

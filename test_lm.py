@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -176,6 +177,13 @@ def test_kvcache_returns_all_that_it_was_given_in_order():
     for start, end in ((0, 4), (4, 5), (5, 9)):
         keys, values = cache.update(k[:, :, start:end], v[:, :, start:end])
         assert torch.equal(keys, k[:, :, :end]) and torch.equal(values, v[:, :, :end]) and cache.length == end
+
+
+def test_a_full_kvcache_refuses_more():
+    cache, k = KVCache((1, 1, 4, 2), torch.float32, "cpu"), torch.randn(1, 1, 4, 2)
+    cache.update(k, k)
+    with pytest.raises(ValueError, match="5 tokens are more than the cache's 4"):
+        cache.update(k[:, :, :1], k[:, :, :1])
 
 
 def attention_loop(q, k, v):
@@ -365,6 +373,17 @@ def test_the_chunked_loss_is_the_same_without_gradients_and_forms_none():
         alone = linear_cross_entropy(x, weight, targets)
     assert not alone.requires_grad
     close(alone, F.cross_entropy(x @ weight.T, targets))
+
+
+def test_the_chunked_loss_compiles_to_one_graph_and_refuses_a_second_derivative():
+    x, weight = torch.randn(5000, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    targets = torch.randint(300, (5000,))
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    for implementation in (compiled, linear_cross_entropy):
+        close(implementation(x, weight, targets), F.cross_entropy(x @ weight.T, targets))
+    (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        torch.autograd.grad(dx.sum(), x)
 
 
 # --------------------------------------------------------------------------------------------------- Sampling
@@ -594,10 +613,15 @@ def test_a_shuffle_spreads_each_window_over_all_places(tmp_path):
     data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 11 * 4 + 4), 4, "uint16")
     counts = np.zeros((11, 11))
     for epoch in range(1100):
-        key = np.broadcast_to(lm.mix64(0, epoch), 11)
-        counts[np.arange(11), data._shuffle(np.arange(11, dtype=np.uint64), key).astype(int)] += 1
+        counts[np.arange(11), data._shuffle(np.arange(11), lm.mix64(0, epoch))] += 1
     chi2 = ((counts - 100) ** 2 / 100).sum()
     assert chi2 < 100 + 5 * math.sqrt(200)  # 100 degrees of freedom, five standard deviations
+
+
+def test_a_dataset_is_pickled_as_its_path_and_not_as_its_tokens(tmp_path):
+    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 100_000), 8, "uint16")
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 1000 and torch.equal(pickle.loads(pickled)[5][0], data[5][0])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -978,6 +1002,15 @@ def test_resuming_takes_the_runs_keys_and_refuses_those_that_shape_it(folder):
     train.main(["--resume=True", "--max_steps=4", "--max_lr=0.5", "--d_model=16", "--device=cpu"])
     state = CheckpointHandler("out").load("last.pt")
     assert state["step"] == 4 and state["config"]["max_lr"] == 0.5 and state["config"]["context_length"] == 16
+
+
+def test_resuming_takes_betas_and_decay_from_the_command_line_and_float16_needs_no_float16_before(folder):
+    train.main([*SMALL, "--max_steps=2"])
+    m = manager("--beta1=0.5", "--weight_decay=0.25", state=CheckpointHandler("out").load("last.pt"))
+    assert [g["betas"][0] for g in m.optimizer.param_groups] == [0.5, 0.5]
+    assert [g["weight_decay"] for g in m.optimizer.param_groups] == [0.25, 0.0]
+    assert [g["step"].item() for g in m.optimizer.param_groups] == [2, 2]
+    train.main(["--resume=True", "--max_steps=3", "--device=cpu", "--dtype=float16"])
 
 
 def test_a_run_is_never_overwritten(folder):

@@ -75,15 +75,14 @@ class TrainConfig:
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
 
     def __post_init__(self):
-        at_least = dict.fromkeys(("max_steps", "batch_size", "log_interval", "eval_interval"), 1)
-        at_least |= {"checkpoint_interval": 1, "micro_batch_size": 1, "warmup_steps": 0, "eval_tokens": 0}
-        at_least |= dict.fromkeys(("min_lr", "weight_decay", "beta1", "beta2", "seed"), 0)
-        for name, bound in at_least.items():
-            if (value := getattr(self, name)) is not None and not bound <= value < 2**63:
-                raise ValueError(f"--{name}={value}: must be at least {bound}, and below 2**63")
-        for name, bound in {"max_lr": math.inf, "grad_clip": math.inf, "beta1": 1, "beta2": 1}.items():
-            if not getattr(self, name) < bound or (bound == math.inf and not getattr(self, name) > 0):
-                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0 and below {bound}")
+        counts = ("max_steps", "batch_size", "log_interval", "eval_interval", "checkpoint_interval")
+        limits = dict.fromkeys((*counts, "micro_batch_size"), (1, 2**63))
+        limits |= dict.fromkeys(("warmup_steps", "eval_tokens", "seed"), (0, 2**63))
+        limits |= {"beta1": (0, 1), "beta2": (0, 1), "weight_decay": (0, math.inf), "min_lr": (0, math.inf)}
+        limits |= {"max_lr": (5e-324, math.inf), "grad_clip": (5e-324, math.inf)}  # above 0
+        for name, (low, high) in limits.items():
+            if (value := getattr(self, name)) is not None and not low <= value < high:
+                raise ValueError(f"--{name}={value}: must be at least {low} and below {high}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
         if self.warmup_steps is None:
@@ -95,6 +94,7 @@ class TrainConfig:
         )
 
 
+# Of a resumed run: what is taken from the command line alone, and what must stay as it was.
 MACHINE_KEYS = {"out_dir", "resume", "micro_batch_size", "device", "dtype", "compile"}
 FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch_size", "seed"}
 
@@ -170,7 +170,8 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as problem:  # each backend fails in a way of its own
-        print(f"warning: torch.compile does not work here ({str(problem).splitlines()[0]}); running eagerly")
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        print(f"warning: torch.compile does not work here ({reason}); running eagerly")
         return False
     return True
 
@@ -191,12 +192,10 @@ class TrainManager:
         torch.manual_seed(c.seed)
         self.model = TransformerLM(c.model()).to(self.device)
         self.params = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": c.weight_decay},
-            {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0},  # gains do not decay
-        ]
+        matrices, gains = ([p for p in self.params if (p.ndim > 1) is matrix] for matrix in (True, False))
         rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
-        self.optimizer = AdamW(groups, lr=rate, betas=(c.beta1, c.beta2))
+        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]  # gains do not decay
+        self.optimizer = AdamW(groups, rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
         # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -204,8 +203,13 @@ class TrainManager:
         self.norms = torch.zeros((), device=self.device)  # their sum: finite while all gradients were
         if state is not None:
             self.model.load_state_dict(state["model"])
+            groups = self.optimizer.param_groups
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            for group, saved in zip(groups, self.optimizer.param_groups, strict=True):
+                group["step"] = saved["step"].to(self.device)
+            self.optimizer.param_groups = groups  # with the rates, betas and decay of this command line
+            if state["scaler"]:  # empty where the run was not in float16
+                self.scaler.load_state_dict(state["scaler"])
             self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
         self.compile_optimizer = c.compile
@@ -238,7 +242,7 @@ class TrainManager:
         rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
         for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
             if c.dropout:
-                torch.manual_seed(int(mix64(c.seed, self.step, i) >> np.uint64(1)))
+                torch.manual_seed(mix64(c.seed, self.step, i))
             with self.autocast:
                 loss = self.loss(xi, yi) * (len(xi) / len(x))
             self.scaler.scale(loss).backward()
@@ -287,7 +291,7 @@ class TrainManager:
         if not self.norms.isfinite() or self.scaler.get_scale() < 2**-20:
             raise ValueError(
                 f"loss or gradient not finite at update {self.step} or shortly before; {self.config.out_dir} "
-                f"holds finite weights; try --max_lr below {self.config.max_lr}, --warmup_steps above "
+                f"keeps what was saved before; try --max_lr below {self.config.max_lr}, --warmup_steps above "
                 f"{self.config.warmup_steps}, or --dtype=float32"
             )
 
@@ -323,13 +327,14 @@ class TrainManager:
         """Make the updates that are left, up to max_steps or to a signal that asks to stop."""
         c = self.config
         mark, marked = time.perf_counter(), self.step
-        while self.step < c.max_steps and not self.stop_signal:
+        while self.step < c.max_steps:
             loss, norm = self.update()
+            stop = self.stop_signal is not None  # read once: it may come at any moment
             log, validate, save = (
                 self.step % interval == 0 or self.step == c.max_steps
                 for interval in (c.log_interval, c.eval_interval, c.checkpoint_interval)
             )
-            if log or validate or save or self.stop_signal:
+            if log or validate or save or stop:
                 self.check()
             if log:
                 values = {"train_loss": loss.item(), "lr": self.rate(), "grad_norm": norm.item()}
@@ -343,8 +348,10 @@ class TrainManager:
                 pause = time.perf_counter()
                 self.validate(logger)
                 mark += time.perf_counter() - pause
-            if save or self.stop_signal:
+            if save or stop:
                 self.save_last()
+            if stop:
+                break
 
 
 # ------------------------------------------------------------------------------------------------------- main
