@@ -497,8 +497,12 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            group["step"] = torch.zeros((), device=group["params"][0].device)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        self.param_groups[-1].setdefault(
+            "step", torch.zeros((), device=self.param_groups[-1]["params"][0].device)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -538,10 +542,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 
 
 def mix64(*values: int) -> int:
-    """Hash non-negative integers below 2⁶⁴ to a uniform one: splitmix64's finalizer, folded over the values.
-
-    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
-    """
+    """Hash integers from 0 to 2⁶⁴-1 to a uniform one: splitmix64's finalizer (Steele et al., 2014), folded."""
     h, mask = 0, 2**64 - 1
     for value in values:
         h = ((h ^ value) + 0x9E3779B97F4A7C15) & mask
@@ -649,13 +650,12 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:  # torch.save makes a RuntimeError of the OSError that it met
+    except (OSError, RuntimeError) as problem:
+        # torch.save makes a RuntimeError of the OSError that it met, and a full disk does not name the file.
         cause = problem if isinstance(problem, OSError) else problem.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(
-            cause.errno, cause.strerror, str(cause.filename or path)
-        ) from None  # a full disk names none
+        raise OSError(cause.errno, cause.strerror, str(cause.filename or path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -686,9 +686,7 @@ class CheckpointHandler:  # needs: replacing
             file.seek(0)
             try:
                 return torch.load(file, map_location=map_location, weights_only=True)
-            except (
-                Exception
-            ) as problem:  # of whatever type: the bytes are as they were written, but not by `save`
+            except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
                 reason = (str(problem) or type(problem).__name__).splitlines()[0]
                 raise ValueError(f"{path}: no checkpoint: {reason}") from problem
 
