@@ -542,7 +542,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 
 
 def mix64(*values: int) -> int:
-    """Hash integers from 0 to 2⁶⁴-1 to a uniform one: splitmix64's finalizer (Steele et al., 2014), folded."""
+    """Hash integers of 0 … 2⁶⁴-1 to a uniform one: splitmix64's finalizer (Steele et al., 2014), folded."""
     h, mask = 0, 2**64 - 1
     for value in values:
         h = ((h ^ value) + 0x9E3779B97F4A7C15) & mask
