@@ -62,7 +62,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table with one row of d_model numbers for each token of the vocabulary."""
+    """A table with a row of D numbers for each token. σ = 1 is the scale that RMSNorm gives all branches."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
         super().__init__()
