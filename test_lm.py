@@ -5,8 +5,8 @@ import io
 import json
 import math
 import os
-import pickle
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -618,10 +618,10 @@ def test_a_shuffle_spreads_each_window_over_all_places(tmp_path):
     assert chi2 < 100 + 5 * math.sqrt(200)  # 100 degrees of freedom, five standard deviations
 
 
-def test_a_dataset_is_pickled_as_its_path_and_not_as_its_tokens(tmp_path):
-    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 100_000), 8, "uint16")
-    pickled = pickle.dumps(data)
-    assert len(pickled) < 1000 and torch.equal(pickle.loads(pickled)[5][0], data[5][0])
+def test_a_dataset_travels_to_a_dataloaders_workers_as_its_path_and_not_as_its_tokens(tmp_path):
+    data = MemmapTokenDataset(arange_file(tmp_path / "t.bin", 100_000), 8, "uint16", vocab_size=2**16)
+    remake, arguments = data.__reduce__()
+    assert arguments[:2] == (data.path, 8) and torch.equal(remake(*arguments)[5][0], data[5][0])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -737,15 +737,16 @@ IMPORTS = "\n".join(
 
 
 @pytest.mark.parametrize("name", definitions())
-def test_each_class_and_function_can_be_copied_out_with_what_its_first_comment_names(name):
+def test_each_class_and_function_can_be_copied_out_with_what_its_first_comment_names(name, tmp_path):
     sources = definitions()
     first_comment = re.search(r"# needs: (.*)", sources[name].split('"""')[0])
     needs = first_comment[1].split(", ") if first_comment else []
     if needs == ["everything above"]:
         needs = list(sources)[: list(sources).index(name)]
-    module = types.ModuleType("copied")
-    exec("\n\n".join([IMPORTS, *(sources[n] for n in needs), sources[name]]), module.__dict__)
-    unknown = {n for n in names_used(sources[name]) if n in sources and n not in module.__dict__}
+    copied = tmp_path / "copied.py"
+    copied.write_text("\n\n".join([IMPORTS, *(sources[n] for n in needs), sources[name]]))
+    module = runpy.run_path(str(copied))
+    unknown = {n for n in names_used(sources[name]) if n in sources and n not in module}
     assert not unknown, f"{name} uses {unknown}, which its comment does not name"
     assert set(needs) <= names_used("\n".join(sources[n] for n in [*needs, name])), (
         "the comment names too much"
@@ -1558,11 +1559,12 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_its_floor(warmup, rest, pea
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_twenty_lines_print_what_they_promise(capsys):
+def test_the_readmes_twenty_lines_print_what_they_promise(tmp_path, capsys):
     code, promised = re.search(
         r"```python\n(.*?)```\n\nIt prints\n\n```\n(.*?)```", README, re.DOTALL
     ).groups()
-    exec(code, {})
+    (tmp_path / "twenty.py").write_text(code)
+    runpy.run_path(str(tmp_path / "twenty.py"))
     printed, number = capsys.readouterr().out, r"\d+\.\d+"
     assert re.sub(number, "", printed) == re.sub(number, "", promised)
     losses, stated = (list(map(float, re.findall(number, text))) for text in (printed, promised))

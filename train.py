@@ -452,7 +452,7 @@ def run_training(config: TrainConfig, meta: dict, state: dict | None) -> None:
     logger.close()
     again = f"python train.py --resume=True --out_dir={config.out_dir}"
     if manager.stop_signal:
-        print(f"stopped after update {manager.step}; go on with:  {again}")
+        logger.say(f"stopped after update {manager.step}; go on with:  {again}")
         sys.exit(128 + manager.stop_signal)
     print(
         f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
