@@ -427,13 +427,15 @@ def test_top_k_keeps_exactly_k_of_tied_tokens():
     assert sum(f > 0 for f in drawn([0.1] * 10, top_k=3)) == 3
 
 
-def test_top_p_of_one_keeps_tokens_that_a_float32_sum_would_lose():
-    tokens = sample_token(
-        torch.zeros(100, 200_000), top_p=1.0
-    )  # the running sum of 5e-6 passes 1 before its end
-    assert tokens.min() < 20_000 and tokens.max() > 180_000
-    logits = torch.tensor([20.0, *[0.0] * 50_000]).log_softmax(-1)
-    assert (logits.softmax(-1).cumsum(-1)[1:] >= 1).any(), "the case is void: no sum reaches 1 early"
+def test_top_p_of_one_forms_no_sum_that_could_lose_tokens(monkeypatch):
+    """A float32 running sum may reach 1 before its end; what comes after would be dropped."""
+    monkeypatch.setattr(
+        torch.Tensor, "cumsum", lambda *a, **k: (_ for _ in ()).throw(AssertionError("a sum"))
+    )
+    for settings_without_one in ({"top_p": 1.0}, {"top_p": None}, {"top_p": 1.0, "top_k": 3}):
+        sample_token(torch.zeros(2, 9), **settings_without_one)
+    with pytest.raises(AssertionError, match="a sum"):
+        sample_token(torch.zeros(2, 9), top_p=0.9)
 
 
 @pytest.mark.parametrize(
@@ -1269,6 +1271,15 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_weights(folder):
     assert same(whole["model"], killed["model"]) and same(
         whole["optimizer"]["state"], killed["optimizer"]["state"]
     )
+
+
+def test_a_resume_that_fails_while_it_cuts_metrics_keeps_them(folder, monkeypatch):
+    train.main([*SMALL, "--max_steps=2"])
+    before = metrics()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        train.main(["--resume=True", "--max_steps=4", "--device=cpu", "--dtype=float32"])
+    assert metrics() == before
 
 
 def test_a_full_disk_is_one_error_and_loses_nothing(folder):

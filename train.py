@@ -28,6 +28,7 @@ from lm import (
     TransformerLM,
     lr_cosine_schedule,
     mix64,
+    replacing,
 )
 from prepare import in_words, load_meta, load_tokenizer, parse_args, pick_device, prepare_default, run
 
@@ -82,7 +83,8 @@ class TrainConfig:
         limits |= {"max_lr": (5e-324, math.inf), "grad_clip": (5e-324, math.inf)}  # above 0
         for name, (low, high) in limits.items():
             if (value := getattr(self, name)) is not None and not low <= value < high:
-                raise ValueError(f"--{name}={value}: must be at least {low} and below {high}")
+                least = "above 0" if low == 5e-324 else f"at least {low}"
+                raise ValueError(f"--{name}={value}: must be {least} and below {high}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
         if self.warmup_steps is None:
@@ -119,10 +121,10 @@ class Logger:
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
         path = Path(config.out_dir, "metrics.jsonl")
         lines = path.read_text().splitlines() if step and path.exists() else []
-        kept = [
-            line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
-        ]  # whole lines
-        path.write_text("".join(f"{line}\n" for line in kept))
+        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        with replacing(path) as file:  # a kill now must not lose the lines that are kept
+            file.write("".join(f"{line}\n" for line in kept).encode())
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.wandb = NoWandb()
         if config.wandb_project:
