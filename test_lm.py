@@ -818,7 +818,7 @@ def test_keys_are_typed_as_the_dataclass_says(arg, key, value):
         ("--max_lr=fast", "--max_lr=fast: must be a number"),
         ("--max_steps=inf", "--max_steps=inf: must be"),
         ("--dtype=int8", "--dtype=int8: must be one of auto, float32"),
-        ("--resume=maybe", "--resume=maybe: must be one of True, False"),
+        ("--resume=maybe", "--resume=maybe: must be one of auto, True, False"),
         ("--resume", "--resume: a key is given as --resume=VALUE"),
     ],
 )

@@ -3,6 +3,7 @@
 python train.py                                # a default model on Python's standard library, in minutes
 python train.py --data_dir=data-notes --out_dir=out-notes --max_steps=5000
 python train.py --resume=True                  # go on from out/last.pt
+torchrun --standalone --nproc_per_node=8 train.py --resume=auto    # the same run, on eight GPUs
 """
 
 import dataclasses
@@ -10,15 +11,22 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from lm import (
     AdamW,
@@ -30,7 +38,16 @@ from lm import (
     mix64,
     replacing,
 )
-from prepare import in_words, load_meta, load_tokenizer, parse_args, pick_device, prepare_default, run
+from prepare import (
+    ByteTokenizer,
+    in_words,
+    load_meta,
+    load_tokenizer,
+    parse_args,
+    pick_device,
+    prepare_default,
+    run,
+)
 
 
 @dataclass
@@ -39,7 +56,8 @@ class TrainConfig:
 
     data_dir: str = "data"  # folder with train.bin, val.bin and meta.json, made by prepare.py
     out_dir: str = "out"  # folder for last.pt, best.pt and metrics.jsonl
-    resume: bool = False  # go on from out_dir/last.pt, with the keys of that run
+    resume: Literal["auto", True, False] = False  # go on from out_dir/last.pt; auto: if it is there
+    dry_run: bool = False  # only say what the run would take: parameters, arithmetic, memory
     # The model, as in lm.ModelConfig
     vocab_size: int | None = None  # None: the tokenizer's
     context_length: int = 128  # tokens of a window: how far the model sees
@@ -55,12 +73,12 @@ class TrainConfig:
     # The optimization
     max_steps: int = 2500  # updates
     batch_size: int = 8  # windows in an update, whatever the hardware
-    max_lr: float = 2e-3  # learning rate after the warm-up
+    max_lr: float = 3e-3  # learning rate after the warm-up
     min_lr: float = 0.0  # learning rate at the end
     warmup_steps: int | None = None  # updates until max_lr; None: a twentieth of max_steps
     weight_decay: float = 0.1  # of matrices and embeddings
-    beta1: float = 0.9  # AdamW's memory of gradients
-    beta2: float = 0.98  # AdamW's memory of squared gradients
+    beta1: float = 0.7  # AdamW's memory of gradients; large batches want 0.9
+    beta2: float = 0.98  # AdamW's memory of squared gradients; large batches want 0.95
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of the weights, the order of the data and dropout
     # What is reported and saved, and how often
@@ -74,9 +92,18 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
+    fsdp: bool = False  # under torchrun: each process holds a share of the weights, not all of them
+    timeout: int = 600  # under torchrun: seconds after which a process that is silent counts as dead
 
     def __post_init__(self):
-        counts = ("max_steps", "batch_size", "log_interval", "eval_interval", "checkpoint_interval")
+        counts = (
+            "max_steps",
+            "batch_size",
+            "log_interval",
+            "eval_interval",
+            "checkpoint_interval",
+            "timeout",
+        )
         limits = dict.fromkeys((*counts, "micro_batch_size"), (1, 2**63))
         limits |= dict.fromkeys(("warmup_steps", "eval_tokens", "seed"), (0, 2**63))
         limits |= {"beta1": (0, 1), "beta2": (0, 1), "weight_decay": (0, math.inf), "min_lr": (0, math.inf)}
@@ -97,19 +124,101 @@ class TrainConfig:
 
 
 # Of a resumed run: what is taken from the command line alone, and what must stay as it was.
-MACHINE_KEYS = {"out_dir", "resume", "micro_batch_size", "device", "dtype", "compile"}
+MACHINE_KEYS = {
+    "out_dir",
+    "resume",
+    "dry_run",
+    "micro_batch_size",
+    "device",
+    "dtype",
+    "compile",
+    "fsdp",
+    "timeout",
+}
 FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch_size", "seed"}
+
+
+# ------------------------------------------------------------------------------------------- What a run takes
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Counted on a model without memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in TransformerLM(config).parameters())
+
+
+def flops_per_token(c: TrainConfig) -> int:
+    """Forward and backward: 6 a weight in products, 12·L·D·T for attention (PaLM, 2022, appendix B)."""
+    looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
+    return 6 * (count_parameters(c.model()) - looked_up) + 12 * c.num_layers * c.d_model * c.context_length
+
+
+def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
+    """What `rows` windows keep from the forward pass for the backward one, by a pass that takes no memory."""
+    saved, dtype = {}, getattr(torch, c.dtype)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.device("meta"):
+        model = TransformerLM(dataclasses.replace(c.model(), num_layers=num_layers))
+    model.to(dtype if c.fsdp else torch.float32)
+    autocast = torch.autocast("cpu", dtype, enabled=not c.fsdp and dtype != torch.float32)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast, hooks:
+        model.to_empty(device="cpu")
+        tokens = torch.zeros(rows, c.context_length, dtype=torch.int64)
+        model.loss(tokens, tokens)
+    for tensor in (*model.parameters(), *model.buffers()):
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
+    """Bytes that each process will need, by what for; activations are those of an eager run."""
+    count, share = count_parameters(c.model()), world_size if c.fsdp else 1
+    rows = min(c.micro_batch_size or c.batch_size, c.batch_size // world_size)
+    one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))
+    need = {"weights": 4 * count // share, "gradients": 4 * count // share, "AdamW": 8 * count // share}
+    need["activations"] = one + (c.num_layers - 1) * (two - one)
+    if c.fsdp:  # a block at work and the next, all that is outside of the blocks, and a block's gradients
+        block = count_parameters(dataclasses.replace(c.model(), num_layers=2))
+        outside = 2 * count_parameters(dataclasses.replace(c.model(), num_layers=1)) - block
+        block = (block - outside) // 2
+        need["gathered"] = (2 * block + outside) * getattr(torch, c.dtype).itemsize + 4 * block
+    return need
+
+
+def describe(c: TrainConfig, meta: dict | None, world_size: int) -> str:
+    """What is about to run, and what it takes; without data where meta is None."""
+    tokens = c.batch_size * c.context_length
+    lines = [
+        f"model    {count_parameters(c.model()):,} parameters: {c.num_layers} layers, d_model {c.d_model}, "
+        f"{c.num_heads} heads",
+        f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} = {tokens:,} tokens, "
+        f"{flops_per_token(c):,} FLOP a token",
+        f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile is True else 'eager'}"
+        + (f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""),
+    ]
+    if meta:
+        data = f"data     {meta['train_tokens']:,} tokens of {meta['source']} (sha256 {meta['sha256'][:12]})"
+        lines.insert(1, f"{data}: {c.max_steps * tokens / meta['train_tokens']:.2f} epochs")
+    if c.dry_run:
+        need = memory(c, world_size)
+        parts = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in need.items())
+        lines.append(f"memory   {sum(need.values()) / 1e9:.3g} GB in each process: {parts}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------- Logging
 
 
-class NoWandb:
-    """Stands in for a Weights & Biases run where none is wanted, so that nobody has to ask."""
+class Silent:
+    """Stands in for a logger where none is wanted, so that nobody asks: takes any call, does nothing."""
 
-    def log(self, values: dict, step: int) -> None: ...
-
-    def finish(self) -> None: ...
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
 
 
 class Logger:
@@ -118,6 +227,7 @@ class Logger:
     def __init__(self, config: TrainConfig, step: int):
         """Go on after update `step`: what metrics.jsonl holds of later ones is cut off."""
         self.config, self.start, self.first_step = config, time.perf_counter(), step
+        self.flops = flops_per_token(config)
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
         path = Path(config.out_dir, "metrics.jsonl")
         lines = path.read_text().splitlines() if step and path.exists() else []
@@ -126,7 +236,7 @@ class Logger:
         with replacing(path) as file:  # a kill now must not lose the lines that are kept
             file.write("".join(f"{line}\n" for line in kept).encode())
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self.wandb = NoWandb()
+        self.wandb = Silent()
         if config.wandb_project:
             import wandb
 
@@ -140,14 +250,15 @@ class Logger:
 
     def progress(self, step: int, values: dict) -> None:
         self.record(step, **values)
-        c = self.config
+        c, speed = self.config, values["tokens_per_second"]
         elapsed = time.perf_counter() - self.start
         left = int(elapsed / (step - self.first_step) * (c.max_steps - step))
         skipped = f"  skipped {values['skipped']}" if values.get("skipped") else ""
         line = (
             f"step {step:{len(str(c.max_steps))}}/{c.max_steps}  loss {values['train_loss']:.3f}"
             f"  rate {values['lr']:.2e}  gradient {values['grad_norm']:.2f}{skipped}"
-            f"  {values['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
+            f"  {speed:,.0f} tokens/s  {speed * self.flops / 1e12:.2f} TFLOP/s"
+            f"  {left // 60}:{left % 60:02} left"
         )
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
@@ -164,18 +275,95 @@ class Logger:
         self.wandb.finish()
 
 
-# --------------------------------------------------------------------------------------------------- Training
+# --------------------------------------------------------------------------------------------- Many processes
+# torchrun starts this file once for each device. In a run of one process this section does next to nothing:
+# it can be skipped in reading.
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, which takes a compiler beside torch; a warning where it does not."""
+def join_processes(timeout: int) -> None:
+    """Join the processes that torchrun started beside this one, if it did. Only the first then prints."""
+    if not dist.is_torchelastic_launched():
+        return
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # Those that are started again must not find the addresses of the dead in the store.
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend, limit = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.barrier()  # who leaves early would look dead to the others
+        dist.destroy_process_group()
+
+
+def from_first(work) -> tuple[TrainConfig, dict, dict | None]:
+    """The (config, meta, state) of work(), done by the first process alone, on all; weights stay with it.
+
+    Where work fails, the first process raises and the others end.
+    """
+    if not dist.is_initialized():
+        return work()
+    found, light = None, [None]
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as problem:  # each backend fails in a way of its own
-        reason = (str(problem) or type(problem).__name__).splitlines()[0]
-        print(f"warning: torch.compile does not work here ({reason}); running eagerly")
-        return False
-    return True
+        if dist.get_rank() == 0:
+            config, meta, state = found = work()
+            small = state and {key: state[key] for key in state if key not in ("model", "optimizer")}
+            light = [(config, meta, small)]
+    finally:
+        dist.broadcast_object_list(light)
+    if light[0] is None:
+        sys.exit(2)
+    return found or light[0]
+
+
+def over_all(value: float, operation=dist.ReduceOp.SUM) -> float:
+    """The sum (or the maximum) of the processes' values."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: no GPU is waited for
+    dist.all_reduce(tensor, operation)
+    return tensor.item()
+
+
+class Loss(nn.Module):
+    """TransformerLM.loss as a forward, which is what DDP acts on."""
+
+    def __init__(self, model: TransformerLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(tokens, targets)
+
+
+def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Put model on the device, or on all → (its loss, a switch for the averaging of gradients).
+
+    With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
+    optimizer state, and a block's weights are gathered while it is their turn.
+    """
+    if c.fsdp:
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for part in (*model.layers, model):
+            if c.compile and part is not model:
+                part.compile()
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "loss")
+        return model.loss, model.set_requires_gradient_sync
+    loss = Loss(model.to(device))
+    if c.compile:
+        loss.compile()
+    if not dist.is_initialized():
+        return loss, lambda average: None
+    ddp = nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False)
+    return ddp, lambda average: setattr(ddp, "require_backward_grad_sync", average)
+
+
+# --------------------------------------------------------------------------------------------------- Training
 
 
 class TrainManager:
@@ -184,38 +372,32 @@ class TrainManager:
     def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
         """A fresh run, or the one that the checkpoint `state` holds."""
         c, self.config, self.meta = config, config, meta
+        self.rank, self.world_size = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         self.tokenizer = load_tokenizer(meta["tokenizer"])
         self.device, self.dtype = pick_device(c.device, c.dtype)
-        compiled = self.device.type == "cuda" if c.compile == "auto" else c.compile
-        # What "auto" became is part of the record: of checkpoints and of the first line of metrics.jsonl.
-        c.device, c.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
-        c.compile = compiled and can_compile(self.device)
+        if self.device.type == "cuda" and self.world_size > 1:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
-        self.model = TransformerLM(c.model()).to(self.device)
+        self.model = TransformerLM(c.model())
+        self.loss, self.average_gradients = spread(self.model, c, self.device, self.dtype)
         self.params = list(self.model.parameters())
         matrices, gains = ([p for p in self.params if (p.ndim > 1) is matrix] for matrix in (True, False))
         rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
         groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]  # gains do not decay
         self.optimizer = AdamW(groups, rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
+        self.compile_optimizer = c.compile and not c.fsdp
         # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.step, self.best_val_loss, self.skipped, self.stop_signal = 0, math.inf, 0, None
+        self.step, self.best_val_loss, self.skipped, self.stop_signal = 0, math.inf, 0, 0
         self.norms = torch.zeros((), device=self.device)  # their sum: finite while all gradients were
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            groups = self.optimizer.param_groups
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, saved in zip(groups, self.optimizer.param_groups, strict=True):
-                group["step"] = saved["step"].to(self.device)
-            self.optimizer.param_groups = groups  # with the rates, betas and decay of this command line
-            if state["scaler"]:  # empty where the run was not in float16
-                self.scaler.load_state_dict(state["scaler"])
-            self.step, self.best_val_loss = state["step"], state["best_val_loss"]
-        self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
-        self.compile_optimizer = c.compile
         self.checkpoints = CheckpointHandler(c.out_dir)
+        if state is not None:
+            self.load(state)
 
     def open_data(self, split: str) -> MemmapTokenDataset:
         c, path = self.config, Path(self.config.data_dir, f"{split}.bin")
@@ -227,6 +409,25 @@ class TrainManager:
             )
         data.windows(np.arange(min(len(data), 4096)) * c.context_length)  # a cheap look for ids out of range
         return data
+
+    def load(self, state: dict) -> None:
+        """Go on from a checkpoint. Its weights are needed in the first process only, which deals them out."""
+        options = full.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+        full.set_model_state_dict(self.model, state.get("model", {}), options=options)
+        groups = self.optimizer.param_groups
+        full.set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
+        for group, saved in zip(groups, self.optimizer.param_groups, strict=True):
+            group["step"] = saved["step"].to(self.device)
+        self.optimizer.param_groups = groups  # with the rates, betas and decay of this command line
+        if state["scaler"]:  # empty where the run was not in float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best_val_loss = state["step"], state["best_val_loss"]
+
+    def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self.device.type != "cuda":
+            return [t.to(self.device) for t in tensors]
+        # From pinned memory, nobody waits for the copy: the next batch is made while this update runs.
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
 
     def rate(self) -> float:
         c = self.config
@@ -240,17 +441,20 @@ class TrainManager:
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.rate())
-        x, y = (t.to(self.device) for t in self.train_data.batch(self.step - 1, c.batch_size, c.seed))
+        share = (self.rank, self.world_size)
+        x, y = self.to_device(*self.train_data.batch(self.step - 1, c.batch_size, c.seed, *share))
         rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
         for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
             if c.dropout:
-                torch.manual_seed(mix64(c.seed, self.step, i))
+                torch.manual_seed(mix64(c.seed, self.step, i, self.rank))
+            self.average_gradients((i + 1) * rows >= len(x))  # over the processes: once an update
             with self.autocast:
                 loss = self.loss(xi, yi) * (len(xi) / len(x))
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip)
+        norm = norm.full_tensor() if c.fsdp else norm
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
         self.scaler.update()
@@ -271,22 +475,28 @@ class TrainManager:
         c, data = self.config, self.val_data
         used = min(len(data), max(1, c.eval_tokens // c.context_length)) if c.eval_tokens else len(data)
         starts = np.arange(used) * len(data) // used * c.context_length
-        rows, total = c.micro_batch_size or c.batch_size, 0.0
+        rows, total = 4 * (c.micro_batch_size or c.batch_size), 0.0  # without gradients, more fit
         self.model.eval()
-        for i in range(0, used, rows):
-            x, y = (t.to(self.device) for t in data.windows(starts[i : i + rows]))
+        for i in range(0, used, rows * self.world_size):
+            mine = starts[i + self.rank * rows :][:rows]
+            x, y = self.to_device(*data.windows(mine if len(mine) else starts[:1]))  # with FSDP all must come
             with self.autocast:
-                total += self.model.loss(x, y).item() * len(x)
+                total += self.model.loss(x, y).item() * len(mine)
         self.model.train()
-        nats = total / used
+        nats = over_all(total) / used
         return nats, nats / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
 
     def sample(self, max_new_tokens: int) -> str:
         """Text from the model as it is, drawn from the same seed each time."""
         prompt = torch.tensor(self.tokenizer.encode(b"\n").astype(np.int64)[None], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        if self.config.fsdp:
+            self.model.unshard()  # what is outside of the blocks; they do so themselves
         stream = self.model.stream(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
-        return "".join(self.tokenizer.decode(token.item() for token in stream))
+        text = "".join(self.tokenizer.decode(token.item() for token in stream))
+        if self.config.fsdp:
+            self.model.reshard()
+        return text
 
     def check(self) -> None:
         """Stop where nothing is left to train. It waits for the device: not to be called at each update."""
@@ -298,8 +508,9 @@ class TrainManager:
             )
 
     def save(self, name: str, with_optimizer: bool = True) -> None:
+        options = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
-            "model": self.model.state_dict(),
+            "model": full.get_model_state_dict(self.model, options=options),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "config": dataclasses.asdict(self.config),
@@ -307,16 +518,18 @@ class TrainManager:
             "tokenizer": self.meta["tokenizer"],
         }
         if with_optimizer:
-            state["optimizer"] = self.optimizer.state_dict()
-        self.checkpoints.save(name, state)
+            state["optimizer"] = full.get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if self.rank == 0:
+            self.checkpoints.save(name, state)
 
     def save_last(self) -> None:
         """Save last.pt; the one before stays as prev.pt, should last.pt ever be found damaged."""
         self.save("next.pt")
         last = self.checkpoints.folder / "last.pt"
-        if last.exists():
+        if self.rank == 0 and last.exists():
             os.replace(last, last.with_name("prev.pt"))
-        os.replace(last.with_name("next.pt"), last)
+        if self.rank == 0:
+            os.replace(last.with_name("next.pt"), last)
 
     def validate(self, logger: Logger) -> None:
         nats, bpb = self.evaluate()
@@ -331,7 +544,8 @@ class TrainManager:
         mark, marked = time.perf_counter(), self.step
         while self.step < c.max_steps:
             loss, norm = self.update()
-            stop = self.stop_signal is not None  # read once: it may come at any moment
+            stop = int(over_all(self.stop_signal, dist.ReduceOp.MAX))  # all processes after the same update
+            self.stop_signal = stop or self.stop_signal  # a signal may come at any moment
             log, validate, save = (
                 self.step % interval == 0 or self.step == c.max_steps
                 for interval in (c.log_interval, c.eval_interval, c.checkpoint_interval)
@@ -339,7 +553,11 @@ class TrainManager:
             if log or validate or save or stop:
                 self.check()
             if log:
-                values = {"train_loss": loss.item(), "lr": self.rate(), "grad_norm": norm.item()}
+                values = {
+                    "train_loss": over_all(loss.item()) / self.world_size,
+                    "lr": self.rate(),
+                    "grad_norm": norm.item(),
+                }
                 tokens = (self.step - marked) * c.batch_size * c.context_length
                 values["tokens_per_second"] = tokens / (time.perf_counter() - mark)
                 if self.scaler.is_enabled():
@@ -397,50 +615,114 @@ def start(given: dict) -> TrainConfig:
     return config
 
 
-def describe(manager: TrainManager) -> str:
-    """What is about to run, in five lines."""
-    c, meta = manager.config, manager.meta
-    count, tokens = sum(p.numel() for p in manager.params), c.batch_size * c.context_length
-    epochs = c.max_steps * tokens / meta["train_tokens"]
-    return f"""\
-model    {count:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads
-data     {meta["train_tokens"]:,} tokens of {meta["source"]} (sha256 {meta["sha256"][:12]})
-run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {epochs:.2f} epochs
-machine  {c.device}, {c.dtype}, {"compiled" if c.compile else "eager"}
-A loss of {math.log(c.vocab_size):.2f} nats, ln({c.vocab_size}), is a blind guess among all tokens."""
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, which takes a compiler beside torch; a warning where it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as problem:  # each backend fails in a way of its own
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        print(f"warning: torch.compile does not work here ({reason}); running eagerly")
+        return False
+    return True
 
 
-def main(argv: list[str]) -> None:
-    given = parse_args(TrainConfig, argv, __doc__)
-    config, state = resumed(given) if given.get("resume") else (start(given), None)
+def settle(c: TrainConfig, meta: dict) -> None:
+    """Put in c what "auto" and None become here: checkpoints and metrics.jsonl record it."""
+    c.vocab_size = c.vocab_size or meta["vocab_size"]
+    if c.vocab_size < meta["vocab_size"]:
+        raise ValueError(f"--vocab_size={c.vocab_size}: the tokenizer has {meta['vocab_size']} tokens")
+    device, dtype = pick_device(c.device, c.dtype)
+    c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
+    c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
+    if c.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb_project={c.wandb_project}: needs the package wandb: pip install wandb")
+    if not c.fsdp:
+        return
+    if not dist.is_initialized() and not c.dry_run:
+        raise ValueError(
+            "--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py ..."
+        )
+    if c.dtype == "float16":
+        raise ValueError(
+            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 would need a scaler of its own"
+        )
+
+
+def set_up(given: dict) -> tuple[TrainConfig, dict, dict | None]:
+    """The config, the data's meta.json, and the checkpoint of the run to go on with, if there is one."""
+    again = given.get("resume", TrainConfig.resume)
+    if again == "auto":
+        folder = Path(given.get("out_dir", TrainConfig.out_dir))
+        again = any((folder / name).exists() for name in ("last.pt", "prev.pt"))
+    config, state = resumed(given) if again else (start(given), None)
     meta = load_meta(config.data_dir)
-    config.vocab_size = config.vocab_size or meta["vocab_size"]
-    if config.vocab_size < meta["vocab_size"]:
-        raise ValueError(f"--vocab_size={config.vocab_size}: the tokenizer has {meta['vocab_size']} tokens")
+    settle(config, meta)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if config.batch_size % world_size:
+        raise ValueError(
+            f"--batch_size={config.batch_size}: does not divide among {world_size} processes; "
+            f"{math.ceil(config.batch_size / world_size) * world_size} would"
+        )
     if state and state["tokenizer"] != meta["tokenizer"]:
         raise ValueError(
             f"--data_dir={config.data_dir}: not the tokenizer that the run in {config.out_dir} has"
         )
-    if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"--wandb_project={config.wandb_project}: needs the package wandb: pip install wandb"
-        )
+    return config, meta, state
+
+
+def plan(given: dict) -> str:
+    """What a run would take, for as many processes as the environment's WORLD_SIZE says; nothing is begun."""
+    config, there = (
+        TrainConfig(**given),
+        Path(given.get("data_dir", TrainConfig.data_dir), "meta.json").exists(),
+    )
+    meta = load_meta(config.data_dir) if there else None
+    settle(config, meta or {"vocab_size": ByteTokenizer.vocab_size})
+    return describe(config, meta, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def main(argv: list[str]) -> None:
+    given = parse_args(TrainConfig, argv, __doc__)
+    if given.get("dry_run"):
+        print(plan(given))
+        return
+    join_processes(given.get("timeout", TrainConfig.timeout))
+    config, meta, state = from_first(lambda: set_up(given))
     try:
-        run_training(config, meta, state)
-    except (RuntimeError, MemoryError) as problem:  # the CPU's allocator raises a RuntimeError
-        if not isinstance(problem, torch.OutOfMemoryError | MemoryError) and "allocate" not in str(problem):
+        status = run_training(config, meta, state)
+    except (RuntimeError, MemoryError) as problem:
+        if (words := explained(problem, config)) is None:
             raise
+        print(f"error: {words}", file=sys.stderr, flush=True)
+        os._exit(2)  # at a usual exit, the threads of a broken process group would abort
+    leave_processes()
+    sys.exit(status)
+
+
+def explained(problem: Exception, c: TrainConfig) -> str | None:
+    """What happened and what to do, where torch's own words do not say it."""
+    memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
+    if memory:  # the CPU's allocator raises a RuntimeError
         keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
-        values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
-        raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
+        values = ", ".join(f"--{key}={getattr(c, key)}" for key in keys)
+        return f"out of memory on {c.device}; lower one of {values}"
+    if dist.is_initialized() and re.search(
+        "gloo|nccl|peer|connection|timed out", str(problem), re.IGNORECASE
+    ):
+        return f"another process of this run died, or was silent for --timeout={c.timeout} seconds"
+    return None
 
 
-def run_training(config: TrainConfig, meta: dict, state: dict | None) -> None:
-    """The run from where it stands to its end, or to a signal."""
+def run_training(config: TrainConfig, meta: dict, state: dict | None) -> int:
+    """The run from where it stands to its end, or to a signal → the exit status."""
     manager = TrainManager(config, meta, state)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    print(describe(manager))
-    logger = Logger(config, manager.step)
+    print(describe(config, meta, manager.world_size))
+    print(
+        f"A loss of {math.log(config.vocab_size):.2f} nats, ln({config.vocab_size}), is a blind guess among "
+        "all tokens."
+    )
+    logger = Logger(config, manager.step) if manager.rank == 0 else Silent()
 
     def stop(number: int, frame) -> None:
         manager.stop_signal = number
@@ -455,13 +737,14 @@ def run_training(config: TrainConfig, meta: dict, state: dict | None) -> None:
     again = f"python train.py --resume=True --out_dir={config.out_dir}"
     if manager.stop_signal:
         logger.say(f"stopped after update {manager.step}; go on with:  {again}")
-        sys.exit(128 + manager.stop_signal)
+        return 128 + manager.stop_signal
     print(
         f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
         f"best validation loss {manager.best_val_loss:.4f} nats\n"
         f"sample more:  python sample.py --checkpoint={Path(config.out_dir, 'best.pt')}\n"
         f"train on:     {again} --max_steps={2 * config.max_steps}"
     )
+    return 0
 
 
 if __name__ == "__main__":
