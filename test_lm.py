@@ -8,8 +8,10 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import types
 import zlib
 from itertools import pairwise
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import lm
 import prepare
@@ -939,9 +942,9 @@ SMALL += ["--device=cpu", "--dtype=float32", "--max_lr=1e-2", "--eval_interval=4
 
 def manager(*args, **kwargs) -> train.TrainManager:
     given = prepare.parse_args(train.TrainConfig, [*SMALL, *args], "")
-    return train.TrainManager(
-        train.TrainConfig(**given | {"vocab_size": 256}), prepare.load_meta("data"), **kwargs
-    )
+    config, meta = train.TrainConfig(**given), prepare.load_meta("data")
+    train.settle(config, meta)
+    return train.TrainManager(config, meta, **kwargs)
 
 
 def metrics(out_dir="out"):
@@ -1041,7 +1044,7 @@ def test_an_update_is_torchs_adamw_on_the_clipped_gradient(folder):
         {"params": g["params"], "weight_decay": 0.5 * (g["params"][0].ndim > 1)}
         for g in theirs.optimizer.param_groups
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, m.config.beta2))
+    optimizer = torch.optim.AdamW(groups, betas=(m.config.beta1, m.config.beta2))
     for step in range(1, 6):
         x, y = theirs.train_data.batch(step - 1, 8, 0)
         loss = F.cross_entropy(theirs.model(x).flatten(0, 1), y.flatten())
@@ -1183,6 +1186,183 @@ def test_compiled_training_computes_what_eager_training_does(folder):
     assert a.config.compile and not b.config.compile
     for _ in range(4):
         close(a.update(), b.update(), 1e-4)
+
+
+# ------------------------------------------------------------------------------------------- What a run takes
+
+
+@pytest.mark.parametrize(
+    "name,count,shape",
+    [  # d_model, layers, heads, key/value heads, d_ff, vocabulary, as published
+        ("Llama-2 7B", 6_738_415_616, (4096, 32, 32, 32, 11008, 32000)),
+        ("Llama-2 13B", 13_015_864_320, (5120, 40, 40, 40, 13824, 32000)),
+        ("Llama-2 70B", 68_976_648_192, (8192, 80, 64, 8, 28672, 32000)),
+        ("Llama-3 8B", 8_030_261_248, (4096, 32, 32, 8, 14336, 128256)),
+        ("Llama-3 70B", 70_553_706_496, (8192, 80, 64, 8, 28672, 128256)),
+    ],
+)
+def test_the_parameters_of_published_models_are_counted_without_their_memory(name, count, shape):
+    d_model, layers, heads, kv_heads, d_ff, vocabulary = shape
+    config = ModelConfig(vocabulary, 4096, d_model, layers, heads, kv_heads, d_ff)
+    assert train.count_parameters(config) == count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_of_activations_is_what_a_real_pass_keeps(dtype):
+    c = train.TrainConfig(vocab_size=256, num_layers=3, d_model=32, context_length=24, dtype=dtype)
+    model, kept, x = TransformerLM(c.model()), {}, torch.randint(256, (5, 24))
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        model.loss(x, x)
+    for tensor in (*model.parameters(), *model.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert train.saved_bytes(c, 3, 5) == sum(storage.nbytes() for storage in kept.values())
+    c.batch_size = 5
+    assert train.memory(c, 1)["activations"] == train.saved_bytes(c, 3, 5)
+
+
+def test_flops_are_those_that_torch_counts_in_matrix_products(monkeypatch):
+    monkeypatch.setattr(lm, "fast_attention", attention)  # torch does not count inside of its kernel
+    c = train.TrainConfig(vocab_size=64, d_model=32, context_length=16, dtype="float32")
+    model, x = TransformerLM(c.model()), torch.randint(64, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+    gains = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert counter.get_total_flops() == x.numel() * (train.flops_per_token(c) - 6 * gains)
+
+
+def test_a_dry_run_plans_for_machines_that_are_not_there(tmp_path):
+    shape = ["--vocab_size=32000", "--d_model=8192", "--num_layers=80", "--num_heads=64", "--num_kv_heads=8"]
+    shape += ["--d_ff=28672", "--context_length=4096", "--batch_size=128", "--micro_batch_size=1"]
+    words = [sys.executable, ROOT / "train.py", "--dry_run=True", "--fsdp=True", "--dtype=bfloat16", *shape]
+    environment = os.environ | {"WORLD_SIZE": "64"}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "68,976,648,192 parameters" in result.stdout and "64 processes, FSDP" in result.stdout
+    assert f"AdamW {8 * 68_976_648_192 / 64 / 1e9:.3g}" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------- Many processes
+
+ALONE = ["--d_model=32", "--num_layers=2", "--num_heads=4", "--micro_batch_size=2", "--log_interval=1"]
+ALONE += ["--min_lr=1e-2", "--warmup_steps=0", "--eval_interval=20"]  # one rate: max_steps does not matter
+WAYS = {"one process": None, "DDP": [], "FSDP": ["--fsdp=True"]}
+
+
+def torchrun(*args, options=()):
+    """Start train.py in two processes, each with a third of the threads that it would like."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return subprocess.Popen([*words, ROOT / "train.py", *args], **pipes)
+
+
+def train_by(way, *args):
+    if WAYS[way] is None:
+        return train.main([*args])
+    process = torchrun(*args, *WAYS[way])
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert out.count("a blind guess") == 1, "one process prints"
+    return out
+
+
+def agree(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        for key in ("train_loss", "grad_norm", "val_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=2e-4), (a, b)
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP"])
+def test_two_processes_train_as_one_does(folder, way):
+    args = [*SMALL, *ALONE, "--max_steps=40"]
+    train.main([*args, "--out_dir=alone"])
+    assert f"2 processes, {way}" in train_by(way, *args)
+    agree(metrics(), metrics("alone"))
+    ours, theirs = (CheckpointHandler(name).load("last.pt") for name in ("out", "alone"))
+    close(ours["model"], theirs["model"], 1e-3)
+    close(ours["optimizer"]["state"], theirs["optimizer"]["state"], 1e-3)
+    assert command("sample.py", "--prompt=9 green", "--max_new_tokens=5").startswith("9 green")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_each_way_goes_on_in_each_other(folder):
+    train.main([*SMALL, *ALONE, "--max_steps=28", "--out_dir=alone"])
+    order = ["one process", "DDP", "FSDP", "one process", "FSDP", "DDP", "one process"]
+    for i, way in enumerate(order):
+        machine = ["--device=cpu", "--dtype=float32", "--micro_batch_size=2"]
+        first = [*SMALL, *ALONE, "--max_steps=4"]
+        train_by(way, *(["--resume=True", f"--max_steps={4 * i + 4}", *machine] if i else first))
+    training = ([line for line in metrics(name) if "train_loss" in line] for name in ("out", "alone"))
+    agree(*training)
+
+
+def wait_for_update(process, step):
+    while process.poll() is None and (not Path("out/last.pt").exists() or metrics()[-1]["step"] < step):
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way,steps", [("DDP", 300), ("FSDP", 90)])
+def test_a_killed_process_restarts_the_run_from_its_last_checkpoint(folder, way, steps):
+    args = [*SMALL, *ALONE, *WAYS[way], f"--max_steps={steps}", "--checkpoint_interval=10"]
+    train_by(way, *args, "--out_dir=whole")
+    process = torchrun(*args, "--resume=auto", options=["--max-restarts=3"])
+    wait_for_update(process, 30)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    assert out.count("a blind guess") == 2 and metrics()[-1]["step"] == steps
+    agree(metrics(), metrics("whole"))
+
+
+@pytest.mark.slow
+def test_the_processes_agree_on_the_update_at_which_a_signal_stops_them(folder):
+    process = torchrun(*SMALL, *ALONE, "--max_steps=100000", "--checkpoint_interval=5")
+    wait_for_update(process, 10)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    stopped = CheckpointHandler("out").load("last.pt")["step"]
+    assert f"stopped after update {stopped}; go on with:" in out and "error:" not in err
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_an_error_after_the_timeout(folder):
+    process = torchrun(*SMALL, *ALONE, "--max_steps=100000", "--checkpoint_interval=5", "--timeout=5")
+    wait_for_update(process, 10)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGSTOP)
+    start = time.perf_counter()
+    err = process.communicate(timeout=60)[1]
+    assert time.perf_counter() - start < 5 + 30 + 5 and process.returncode != 0
+    assert "error: another process of this run died, or was silent for --timeout=5 seconds" in err
+
+
+def test_what_processes_cannot_share_is_refused_with_the_numbers(folder, monkeypatch):
+    with pytest.raises(ValueError, match="--fsdp=True: needs torchrun"):
+        train.main([*SMALL, "--fsdp=True"])
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="--batch_size=8: does not divide among 3 processes; 9 would"):
+        train.set_up({"batch_size": 8, "device": "cpu", "dtype": "float32"})
+    with pytest.raises(ValueError, match="--fsdp=True: needs --dtype=bfloat16 or float32"):
+        train.set_up({"batch_size": 9, "device": "cpu", "dtype": "float16", "fsdp": True})
+
+
+def test_resume_auto_starts_a_run_and_goes_on_with_it(folder):
+    for steps in (2, 4):
+        train.main([*SMALL, f"--max_steps={steps}", "--resume=auto", "--checkpoint_interval=1"])
+    assert [line["step"] for line in metrics() if "train_loss" in line] == [1, 2, 3, 4]
+    assert CheckpointHandler("out").load("last.pt")["step"] == 4
 
 
 # --------------------------------------------------------------------------------------------- sample.py, run

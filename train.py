@@ -693,10 +693,13 @@ def main(argv: list[str]) -> None:
     except (RuntimeError, MemoryError) as problem:
         if (words := explained(problem, config)) is None:
             raise
-        print(f"error: {words}", file=sys.stderr, flush=True)
-        os._exit(2)  # at a usual exit, the threads of a broken process group would abort
+        if dist.is_initialized():  # a usual exit would wait for the other processes, or abort
+            print(f"error: {words}", file=sys.stderr, flush=True)
+            os._exit(2)
+        raise ValueError(words) from None
     leave_processes()
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def explained(problem: Exception, c: TrainConfig) -> str | None:
