@@ -374,13 +374,9 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name, divisor in (("d_model", "num_heads"), ("num_heads", "num_kv_heads")):
             if (size := getattr(self, name)) % getattr(self, divisor):
-                raise ValueError(
-                    f"{name} is {size}; it must be a multiple of {divisor}, {getattr(self, divisor)}"
-                )
+                raise ValueError(f"{name} is {size}, not a multiple of {divisor}, {getattr(self, divisor)}")
         if (head_dim := self.d_model // self.num_heads) % 2:
-            raise ValueError(
-                f"d_model / num_heads is {head_dim}; it must be even, because RoPE rotates pairs"
-            )
+            raise ValueError(f"d_model / num_heads is {head_dim}; it must be even: RoPE rotates pairs")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -507,9 +503,8 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault(
-            "step", torch.zeros((), device=self.param_groups[-1]["params"][0].device)
-        )
+        group = self.param_groups[-1]
+        group.setdefault("step", torch.zeros((), device=group["params"][0].device))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -575,9 +570,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
         self.dtype = dtype = np.dtype(dtype).newbyteorder("<")
         size, need = self.path.stat().st_size, (context_length + 1) * dtype.itemsize
         if size % dtype.itemsize:
-            raise ValueError(
-                f"{path}: {size:,} bytes are no whole number of {dtype.name} tokens; prepare it again"
-            )
+            raise ValueError(f"{path}: {size:,} bytes are no whole number of {dtype.name}s; prepare it again")
         if size < need:
             raise ValueError(
                 f"{path}: {size // dtype.itemsize:,} tokens are fewer than a window of context_length + 1 = "

@@ -51,6 +51,7 @@ from lm import (
 )
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text()
 settings.register_profile("brief", max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("brief")
 
@@ -1347,6 +1348,20 @@ def test_a_process_that_hangs_is_an_error_after_the_timeout(folder):
     assert "error: another process of this run died, or was silent for --timeout=5 seconds" in err
 
 
+@pytest.mark.slow
+def test_the_readmes_command_for_two_machines_runs_on_one(folder):
+    command = re.search(r"^    torchrun (--nnodes=2 .*)$", README, re.MULTILINE)[1]
+    command = command.replace("HOST:29500", "localhost:29517").replace("node=8", "node=1")
+    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command), *SMALL, "--max_steps=3"]
+    words[words.index("train.py")] = str(ROOT / "train.py")
+    words += ["--data_dir=data", "--out_dir=out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    outputs = [agent.communicate(timeout=100)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0]
+    assert sum("2 processes, DDP" in out for out in outputs) == 1 and metrics()[-1]["step"] == 3
+
+
 def test_what_processes_cannot_share_is_refused_with_the_numbers(folder, monkeypatch):
     with pytest.raises(ValueError, match="--fsdp=True: needs torchrun"):
         train.main([*SMALL, "--fsdp=True"])
@@ -1746,8 +1761,6 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_its_floor(warmup, rest, pea
 
 
 # -------------------------------------------------------------------------------------------------- README.md
-
-README = (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_twenty_lines_print_what_they_promise(tmp_path, capsys):

@@ -96,15 +96,8 @@ class TrainConfig:
     timeout: int = 600  # under torchrun: seconds after which a process that is silent counts as dead
 
     def __post_init__(self):
-        counts = (
-            "max_steps",
-            "batch_size",
-            "log_interval",
-            "eval_interval",
-            "checkpoint_interval",
-            "timeout",
-        )
-        limits = dict.fromkeys((*counts, "micro_batch_size"), (1, 2**63))
+        counts = ("max_steps", "batch_size", "log_interval", "eval_interval", "checkpoint_interval")
+        limits = dict.fromkeys((*counts, "micro_batch_size", "timeout"), (1, 2**63))
         limits |= dict.fromkeys(("warmup_steps", "eval_tokens", "seed"), (0, 2**63))
         limits |= {"beta1": (0, 1), "beta2": (0, 1), "weight_decay": (0, math.inf), "min_lr": (0, math.inf)}
         limits |= {"max_lr": (5e-324, math.inf), "grad_clip": (5e-324, math.inf)}  # above 0
@@ -124,17 +117,8 @@ class TrainConfig:
 
 
 # Of a resumed run: what is taken from the command line alone, and what must stay as it was.
-MACHINE_KEYS = {
-    "out_dir",
-    "resume",
-    "dry_run",
-    "micro_batch_size",
-    "device",
-    "dtype",
-    "compile",
-    "fsdp",
-    "timeout",
-}
+KEYS = [field.name for field in dataclasses.fields(TrainConfig)]
+MACHINE_KEYS = {"out_dir", "resume", "dry_run", *KEYS[KEYS.index("micro_batch_size") :]}
 FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch_size", "seed"}
 
 
@@ -177,15 +161,17 @@ def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
 
 def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes that each process will need, by what for; activations are those of an eager run."""
-    count, share = count_parameters(c.model()), world_size if c.fsdp else 1
+
+    def count(layers: int) -> int:
+        return count_parameters(dataclasses.replace(c.model(), num_layers=layers))
+
+    held = count(c.num_layers) // (world_size if c.fsdp else 1)
     rows = min(c.micro_batch_size or c.batch_size, c.batch_size // world_size)
     one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))
-    need = {"weights": 4 * count // share, "gradients": 4 * count // share, "AdamW": 8 * count // share}
+    need = {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held}
     need["activations"] = one + (c.num_layers - 1) * (two - one)
-    if c.fsdp:  # a block at work and the next, all that is outside of the blocks, and a block's gradients
-        block = count_parameters(dataclasses.replace(c.model(), num_layers=2))
-        outside = 2 * count_parameters(dataclasses.replace(c.model(), num_layers=1)) - block
-        block = (block - outside) // 2
+    if c.fsdp:  # the block at work and the next, all that is outside of blocks, a block's float32 gradients
+        block, outside = count(2) - count(1), 2 * count(1) - count(2)
         need["gathered"] = (2 * block + outside) * getattr(torch, c.dtype).itemsize + 4 * block
     return need
 
@@ -475,7 +461,8 @@ class TrainManager:
         c, data = self.config, self.val_data
         used = min(len(data), max(1, c.eval_tokens // c.context_length)) if c.eval_tokens else len(data)
         starts = np.arange(used) * len(data) // used * c.context_length
-        rows, total = 4 * (c.micro_batch_size or c.batch_size), 0.0  # without gradients, more fit
+        rows = 4 * (c.micro_batch_size or c.batch_size // self.world_size)  # without gradients, more fit
+        total = 0.0
         self.model.eval()
         for i in range(0, used, rows * self.world_size):
             mine = starts[i + self.rank * rows :][:rows]
@@ -590,7 +577,7 @@ def resumed(given: dict) -> tuple[TrainConfig, dict]:
         state = checkpoints.load("prev.pt")
         if last.exists():
             os.replace(last, last.with_name("damaged.pt"))
-    if set(state.get("config", ())) != {field.name for field in dataclasses.fields(TrainConfig)}:
+    if set(state.get("config", ())) != set(KEYS):
         raise ValueError(f"{out_dir}/last.pt: not made by this version of train.py")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
     for key in sorted(FIXED_KEYS & given.keys()):
@@ -626,7 +613,7 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def settle(c: TrainConfig, meta: dict) -> None:
+def settle(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     """Put in c what "auto" and None become here: checkpoints and metrics.jsonl record it."""
     c.vocab_size = c.vocab_size or meta["vocab_size"]
     if c.vocab_size < meta["vocab_size"]:
@@ -636,6 +623,11 @@ def settle(c: TrainConfig, meta: dict) -> None:
     c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
     if c.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb_project={c.wandb_project}: needs the package wandb: pip install wandb")
+    if c.batch_size % world_size:
+        least = math.ceil(c.batch_size / world_size) * world_size
+        raise ValueError(
+            f"--batch_size={c.batch_size}: does not divide among {world_size} processes; {least} would"
+        )
     if not c.fsdp:
         return
     if not dist.is_initialized() and not c.dry_run:
@@ -656,13 +648,7 @@ def set_up(given: dict) -> tuple[TrainConfig, dict, dict | None]:
         again = any((folder / name).exists() for name in ("last.pt", "prev.pt"))
     config, state = resumed(given) if again else (start(given), None)
     meta = load_meta(config.data_dir)
-    settle(config, meta)
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if config.batch_size % world_size:
-        raise ValueError(
-            f"--batch_size={config.batch_size}: does not divide among {world_size} processes; "
-            f"{math.ceil(config.batch_size / world_size) * world_size} would"
-        )
+    settle(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
     if state and state["tokenizer"] != meta["tokenizer"]:
         raise ValueError(
             f"--data_dir={config.data_dir}: not the tokenizer that the run in {config.out_dir} has"
@@ -672,13 +658,10 @@ def set_up(given: dict) -> tuple[TrainConfig, dict, dict | None]:
 
 def plan(given: dict) -> str:
     """What a run would take, for as many processes as the environment's WORLD_SIZE says; nothing is begun."""
-    config, there = (
-        TrainConfig(**given),
-        Path(given.get("data_dir", TrainConfig.data_dir), "meta.json").exists(),
-    )
-    meta = load_meta(config.data_dir) if there else None
-    settle(config, meta or {"vocab_size": ByteTokenizer.vocab_size})
-    return describe(config, meta, int(os.environ.get("WORLD_SIZE", 1)))
+    config, world_size = TrainConfig(**given), int(os.environ.get("WORLD_SIZE", 1))
+    meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
+    settle(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
+    return describe(config, meta, world_size)
 
 
 def main(argv: list[str]) -> None:
