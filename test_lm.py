@@ -1,6 +1,7 @@
 """Every test, grouped as lm.py is; then the scripts, then the README. Run: python -m pytest"""
 
 import ast
+import dataclasses
 import io
 import json
 import math
@@ -1247,6 +1248,25 @@ def test_a_dry_run_plans_for_machines_that_are_not_there(tmp_path):
     assert "68,976,648,192 parameters" in result.stdout and "64 processes, FSDP" in result.stdout
     assert f"AdamW {8 * 68_976_648_192 / 64 / 1e9:.3g}" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_readmes_table_of_memory_is_what_a_dry_run_computes():
+    shapes = {  # d_model, layers, heads, key/value heads, d_ff
+        "OpenLLaMA 3B": (3200, 26, 32, 32, 8640),
+        "Llama 2 7B": (4096, 32, 32, 32, 11008),
+        "Llama 2 13B": (5120, 40, 40, 40, 13824),
+        "Llama 2 70B": (8192, 80, 64, 8, 28672),
+    }
+    names = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+    rows = re.findall(r"^\| (.*?B) \| ([\d,]+) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(shapes)
+    for name, count, *stated in rows:
+        c = train.TrainConfig(vocab_size=32000, context_length=2048, batch_size=64, micro_batch_size=1)
+        c = dataclasses.replace(c, dtype="bfloat16", **dict(zip(names, shapes[name], strict=True)))
+        ways = ((False, 8), (True, 8), (True, 64))
+        needs = [sum(train.memory(dataclasses.replace(c, fsdp=fsdp), n).values()) for fsdp, n in ways]
+        assert [train.gigabytes(need) for need in needs] == stated
+        assert f"{train.count_parameters(c.model()):,}" == count
 
 
 # --------------------------------------------------------------------------------------------- Many processes

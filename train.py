@@ -176,6 +176,10 @@ def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
     return need
 
 
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
+
+
 def describe(c: TrainConfig, meta: dict | None, world_size: int) -> str:
     """What is about to run, and what it takes; without data where meta is None."""
     tokens = c.batch_size * c.context_length
@@ -192,8 +196,8 @@ def describe(c: TrainConfig, meta: dict | None, world_size: int) -> str:
         lines.insert(1, f"{data}: {c.max_steps * tokens / meta['train_tokens']:.2f} epochs")
     if c.dry_run:
         need = memory(c, world_size)
-        parts = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in need.items())
-        lines.append(f"memory   {sum(need.values()) / 1e9:.3g} GB in each process: {parts}")
+        parts = " + ".join(f"{name} {gigabytes(size)}" for name, size in need.items())
+        lines.append(f"memory   {gigabytes(sum(need.values()))} GB in each process: {parts}")
     return "\n".join(lines)
 
 
