@@ -283,10 +283,12 @@ def join_processes(timeout: int) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
 
 
-def leave_processes() -> None:
-    if dist.is_initialized():
+def leave_processes(status: int) -> None:
+    """End this process with status, if torchrun started it."""
+    if dist.is_torchelastic_launched():
         dist.barrier()  # who leaves early would look dead to the others
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)  # at a usual exit, what is left of the process group aborted in 1 of 16 runs
 
 
 def from_first(work) -> tuple[TrainConfig, dict, dict | None]:
@@ -684,7 +686,7 @@ def main(argv: list[str]) -> None:
             print(f"error: {words}", file=sys.stderr, flush=True)
             os._exit(2)
         raise ValueError(words) from None
-    leave_processes()
+    leave_processes(status)
     if status:
         sys.exit(status)
 
