@@ -1,6 +1,7 @@
 """Every test, grouped as lm.py is; then the scripts, then the README. Run: python -m pytest"""
 
 import ast
+import contextlib
 import dataclasses
 import io
 import json
@@ -1473,6 +1474,20 @@ print(kills)
 """
 
 
+def test_a_second_interrupt_stops_at_once(folder):
+    long = ["--d_model=256", "--num_heads=4", "--num_layers=8", "--batch_size=1024", "--context_length=64"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *SMALL, *long], stdout=subprocess.PIPE, text=True
+    )
+    assert any("blind guess" in line for line in process.stdout)  # its first update takes many seconds
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=3) == -signal.SIGINT and not Path("out/last.pt").exists()
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_many_moments_ends_with_the_same_weights(folder):
     args = [*SMALL, "--max_steps=500", "--checkpoint_interval=1", "--dropout=0.1", "--log_interval=50"]
@@ -1756,6 +1771,39 @@ def test_any_sampling_settings_draw_a_token_or_are_refused(logits, temperature, 
         assert token.shape == (1,) and 0 <= token < len(logits)
     except ValueError as problem:
         assert "it must be" in str(problem)
+
+
+SHAPES = {
+    "context_length": st.integers(-1, 40),
+    "d_model": st.sampled_from([0, 1, 8, 12, 24]),
+    "num_layers": st.integers(0, 2),
+    "num_heads": st.integers(0, 4),
+    "num_kv_heads": st.sampled_from([None, 1, 2, 3]),
+    "batch_size": st.integers(0, 5),
+    "micro_batch_size": st.sampled_from([None, 0, 1, 2, 100]),
+    "max_steps": st.integers(0, 3),
+    "warmup_steps": st.sampled_from([None, 0, 5]),
+    "eval_tokens": st.sampled_from([0, 1, 10**12]),
+    "grad_clip": st.sampled_from([0, 1e-30, 1e30]),
+    "max_lr": st.sampled_from([0.0, 1e-300, 1e-3, 1e30]),
+    "dropout": st.sampled_from([-0.1, 0.0, 0.5, 1.0]),
+    "tie_embeddings": st.booleans(),
+    "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "vocab_size": st.sampled_from([None, 255, 256, 300]),
+    "seed": st.sampled_from([-1, 0, 2**62]),
+}
+
+
+@settings(max_examples=80)
+@given(st.dictionaries(st.sampled_from(sorted(SHAPES)), st.none(), max_size=6), st.data())
+def test_any_settings_are_a_run_that_speaks_or_one_error(tmp_path_factory, keys, data):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT)
+    with contextlib.chdir(folder), contextlib.suppress(ValueError):
+        prepare.main(["text.txt"])
+        chosen = [f"--{key}={data.draw(SHAPES[key], key)}" for key in keys]
+        train.main([*SMALL, "--max_steps=2", *chosen])
+        sample.main(["--max_new_tokens=50", "--device=cpu", "--dtype=float32"])
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True), st.floats(0.01, 0.99))

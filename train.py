@@ -624,6 +624,7 @@ def settle(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     c.vocab_size = c.vocab_size or meta["vocab_size"]
     if c.vocab_size < meta["vocab_size"]:
         raise ValueError(f"--vocab_size={c.vocab_size}: the tokenizer has {meta['vocab_size']} tokens")
+    c.model()  # refuses what cannot be, before anything is read
     device, dtype = pick_device(c.device, c.dtype)
     c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
     c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
