@@ -59,6 +59,10 @@ def main(argv: list[str]) -> None:
     device, dtype = pick_device(c.device, c.dtype)
     model.to(device, dtype)
     text = read_prompt(c.prompt)
+    try:
+        shown = text.decode()
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"--prompt={c.prompt}: byte {problem.start:,} of it is not UTF-8 text") from None
     ids = tokenizer.encode(text).astype(np.int64) if text else np.array([tokenizer.eos_id])
     if len(ids) > (window := model.config.context_length):
         print(
@@ -69,7 +73,7 @@ def main(argv: list[str]) -> None:
     generator = torch.Generator(device).manual_seed(c.seed)
     sampling = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "generator": generator}
     for i in range(c.num_samples):
-        print("\n---" if i else "", text.decode(errors="replace"), sep="\n" if i else "", end="", flush=True)
+        print("\n---" if i else "", shown, sep="\n" if i else "", end="", flush=True)
         stream = (
             t.item() for t in model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
         )

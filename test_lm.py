@@ -1445,6 +1445,8 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
         and "40 tokens are more than the model sees: keeping the last 16" in printed.err
     )
     assert command("sample.py", "--prompt=-", "--max_new_tokens=1", stdin=b"hello").startswith("hello")
+    refused = command("sample.py", "--prompt=-", stdin=b"hell\xff", status=2)
+    assert refused == "error: --prompt=-: byte 4 of it is not UTF-8 text\n"
     sample.main(["--max_new_tokens=3", "--device=cpu"])  # an empty prompt begins after the end of a document
 
 
