@@ -158,12 +158,11 @@ class KVCache:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, G, T, K); return all held, (B, G, S, K) each. Raises ValueError when full."""
-        start, self.length = self.length, self.length + k.shape[2]
-        if self.length > self.keys.shape[2]:
-            raise ValueError(f"{self.length} tokens are more than the cache's {self.keys.shape[2]}")
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        start, end = self.length, self.length + k.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"{end} tokens are more than the cache's {self.keys.shape[2]}")
+        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = k, v, end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 # -------------------------------------------------------------------------------------------------- Attention

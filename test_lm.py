@@ -1370,17 +1370,22 @@ def test_a_process_that_hangs_is_an_error_after_the_timeout(folder):
 
 
 @pytest.mark.slow
-def test_the_readmes_command_for_two_machines_runs_on_one(folder):
+def test_the_readmes_command_for_two_machines_runs_on_one_and_survives_a_kill(folder):
     command = re.search(r"^    torchrun (--nnodes=2 .*)$", README, re.MULTILINE)[1]
     command = command.replace("HOST:29500", "localhost:29517").replace("node=8", "node=1")
-    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command), *SMALL, "--max_steps=3"]
+    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command), *SMALL, "--max_steps=200"]
     words[words.index("train.py")] = str(ROOT / "train.py")
-    words += ["--data_dir=data", "--out_dir=out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    outputs = [agent.communicate(timeout=100)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0]
-    assert sum("2 processes, DDP" in out for out in outputs) == 1 and metrics()[-1]["step"] == 3
+    words += ["--data_dir=data", "--out_dir=out", "--checkpoint_interval=10", "--timeout=20"]
+    name, value = re.search(r"^    export (.*)=(.*)$", README, re.MULTILINE).groups()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", name: value}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    agents = [subprocess.Popen(words, **pipes) for _ in range(2)]
+    wait_for_update(agents[0], 20)
+    children = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    outputs = [agent.communicate(timeout=150) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum(out.count("2 processes, DDP") for out, _ in outputs) == 2 and metrics()[-1]["step"] == 200
 
 
 def test_what_processes_cannot_share_is_refused_with_the_numbers(folder, monkeypatch):

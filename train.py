@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -266,8 +267,8 @@ class Logger:
 
 
 # --------------------------------------------------------------------------------------------- Many processes
-# torchrun starts this file once for each device. In a run of one process this section does next to nothing:
-# it can be skipped in reading.
+# torchrun starts this file once for each device. In a run of one process all here does next to nothing, and
+# can be skipped in reading but for the end of spread, which places and compiles the model.
 
 
 def join_processes(timeout: int) -> None:
@@ -275,20 +276,13 @@ def join_processes(timeout: int) -> None:
     if not dist.is_torchelastic_launched():
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # Those that are started again must not find the addresses of the dead in the store.
-    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        # This store outlives its processes: those that start again must not find the addresses of the dead.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend, limit = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
-
-
-def leave_processes(status: int) -> None:
-    """End this process with status, if torchrun started it."""
-    if dist.is_torchelastic_launched():
-        dist.barrier()  # who leaves early would look dead to the others
-        sys.stdout.flush()
-        os._exit(status)  # at a usual exit, what is left of the process group aborted in 1 of 16 runs
 
 
 def from_first(work) -> tuple[TrainConfig, dict, dict | None]:
@@ -332,7 +326,7 @@ class Loss(nn.Module):
 
 
 def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Put model on the device, or on all → (its loss, a switch for the averaging of gradients).
+    """Put model on the device, or on all → (its loss, a switch: average gradients in the next backward?).
 
     With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
     optimizer state, and a block's weights are gathered while it is their turn.
@@ -345,13 +339,13 @@ def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: to
                 part.compile()
             fully_shard(part, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "loss")
-        return model.loss, model.set_requires_gradient_sync
+        return model.loss, lambda average: None  # after each micro-step: a whole gradient would not fit
     loss = Loss(model.to(device))
     if c.compile:
         loss.compile()
     if not dist.is_initialized():
         return loss, lambda average: None
-    ddp = nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False)
+    ddp = nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return ddp, lambda average: setattr(ddp, "require_backward_grad_sync", average)
 
 
@@ -368,10 +362,10 @@ class TrainManager:
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         )
         self.tokenizer = load_tokenizer(meta["tokenizer"])
+        if c.device.startswith("cuda") and self.world_size > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            c.device = "cuda"  # the one just set
         self.device, self.dtype = pick_device(c.device, c.dtype)
-        if self.device.type == "cuda" and self.world_size > 1:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
         self.model = TransformerLM(c.model())
@@ -385,8 +379,8 @@ class TrainManager:
         # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.step, self.best_val_loss, self.skipped, self.stop_signal = 0, math.inf, 0, 0
-        self.norms = torch.zeros((), device=self.device)  # their sum: finite while all gradients were
+        self.step, self.best_val_loss, self.stop_signal = 0, math.inf, 0
+        self.skipped = torch.zeros((), device=self.device)  # updates whose gradient was not finite
         self.checkpoints = CheckpointHandler(c.out_dir)
         if state is not None:
             self.load(state)
@@ -447,13 +441,9 @@ class TrainManager:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip)
         norm = norm.full_tensor() if c.fsdp else norm
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
+        self.skipped += ~norm.isfinite()
+        self.scaler.step(self.optimizer)  # with float16, skips the update if a gradient is not finite
         self.scaler.update()
-        if self.scaler.is_enabled():
-            self.skipped += self.scaler.get_scale() < scale
-        else:
-            self.norms += norm
         self.optimizer.zero_grad(set_to_none=True)
         if self.compile_optimizer:  # only now, when its state exists, is its step one graph
             self.compile_optimizer, self.optimizer.step = False, torch.compile(self.optimizer.step)
@@ -493,7 +483,8 @@ class TrainManager:
 
     def check(self) -> None:
         """Stop where nothing is left to train. It waits for the device: not to be called at each update."""
-        if not self.norms.isfinite() or self.scaler.get_scale() < 2**-20:
+        scaled = self.scaler.is_enabled()
+        if self.scaler.get_scale() < 2**-20 if scaled else self.skipped > 0:
             raise ValueError(
                 f"loss or gradient not finite at update {self.step} or shortly before; {self.config.out_dir} "
                 f"keeps what was saved before; try --max_lr below {self.config.max_lr}, --warmup_steps above "
@@ -519,9 +510,9 @@ class TrainManager:
         """Save last.pt; the one before stays as prev.pt, should last.pt ever be found damaged."""
         self.save("next.pt")
         last = self.checkpoints.folder / "last.pt"
-        if self.rank == 0 and last.exists():
-            os.replace(last, last.with_name("prev.pt"))
         if self.rank == 0:
+            if last.exists():
+                os.replace(last, last.with_name("prev.pt"))
             os.replace(last.with_name("next.pt"), last)
 
     def validate(self, logger: Logger) -> None:
@@ -531,14 +522,13 @@ class TrainManager:
             self.save("best.pt", with_optimizer=False)
         logger.evaluation(self.step, nats, bpb, repr(self.sample(60)))
 
-    def train(self, logger: Logger) -> None:
-        """Make the updates that are left, up to max_steps or to a signal that asks to stop."""
+    def train(self, logger: Logger) -> int:
+        """Make the updates that are left, up to max_steps or to a signal that asks to stop → that, or 0."""
         c = self.config
-        mark, marked = time.perf_counter(), self.step
-        while self.step < c.max_steps:
+        mark, marked, stop = time.perf_counter(), self.step, 0
+        while self.step < c.max_steps and not stop:
             loss, norm = self.update()
             stop = int(over_all(self.stop_signal, dist.ReduceOp.MAX))  # all processes after the same update
-            self.stop_signal = stop or self.stop_signal  # a signal may come at any moment
             log, validate, save = (
                 self.step % interval == 0 or self.step == c.max_steps
                 for interval in (c.log_interval, c.eval_interval, c.checkpoint_interval)
@@ -554,17 +544,16 @@ class TrainManager:
                 tokens = (self.step - marked) * c.batch_size * c.context_length
                 values["tokens_per_second"] = tokens / (time.perf_counter() - mark)
                 if self.scaler.is_enabled():
-                    values["skipped"] = self.skipped
+                    values["skipped"] = int(self.skipped)
                 logger.progress(self.step, values)
                 mark, marked = time.perf_counter(), self.step
+            pause = time.perf_counter()
             if validate:
-                pause = time.perf_counter()
                 self.validate(logger)
-                mark += time.perf_counter() - pause
             if save or stop:
                 self.save_last()
-            if stop:
-                break
+            mark += time.perf_counter() - pause
+        return stop if self.step < c.max_steps else 0
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -576,7 +565,7 @@ def resumed(given: dict) -> tuple[TrainConfig, dict]:
     checkpoints, last, prev = CheckpointHandler(out_dir), Path(out_dir, "last.pt"), Path(out_dir, "prev.pt")
     try:
         state = checkpoints.load("last.pt")
-    except (ValueError, OSError) as problem:
+    except (ValueError, FileNotFoundError) as problem:
         if not prev.exists():
             raise
         print(f"{in_words(problem)}; going on from the checkpoint before it, {prev}")
@@ -679,15 +668,15 @@ def main(argv: list[str]) -> None:
     join_processes(given.get("timeout", TrainConfig.timeout))
     config, meta, state = from_first(lambda: set_up(given))
     try:
-        status = run_training(config, meta, state)
+        manager = TrainManager(config, meta, state)
+        del state  # as large as the model and its optimizer
+        status = run_training(manager, given)
+        if dist.is_initialized():
+            dist.barrier()  # who leaves early would look dead to the others
     except (RuntimeError, MemoryError) as problem:
         if (words := explained(problem, config)) is None:
             raise
-        if dist.is_initialized():  # a usual exit would wait for the other processes, or abort
-            print(f"error: {words}", file=sys.stderr, flush=True)
-            os._exit(2)
         raise ValueError(words) from None
-    leave_processes(status)
     if status:
         sys.exit(status)
 
@@ -702,19 +691,18 @@ def explained(problem: Exception, c: TrainConfig) -> str | None:
     if dist.is_initialized() and re.search(
         "gloo|nccl|peer|connection|timed out", str(problem), re.IGNORECASE
     ):
-        return f"another process of this run died, or was silent for --timeout={c.timeout} seconds"
+        reason = str(problem).splitlines()[0]
+        return f"another process of this run died, or was silent for --timeout={c.timeout} seconds ({reason})"
     return None
 
 
-def run_training(config: TrainConfig, meta: dict, state: dict | None) -> int:
+def run_training(manager: TrainManager, given: dict) -> int:
     """The run from where it stands to its end, or to a signal → the exit status."""
-    manager = TrainManager(config, meta, state)
+    config = manager.config
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    print(describe(config, meta, manager.world_size))
-    print(
-        f"A loss of {math.log(config.vocab_size):.2f} nats, ln({config.vocab_size}), is a blind guess among "
-        "all tokens."
-    )
+    print(describe(config, manager.meta, manager.world_size))
+    nats = f"{math.log(config.vocab_size):.2f} nats, ln({config.vocab_size})"
+    print(f"A loss of {nats}, is a blind guess among all tokens.")
     logger = Logger(config, manager.step) if manager.rank == 0 else Silent()
 
     def stop(number: int, frame) -> None:
@@ -724,13 +712,16 @@ def run_training(config: TrainConfig, meta: dict, state: dict | None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     start_time = time.perf_counter()
-    manager.train(logger)
+    stopped = manager.train(logger)
     seconds = int(time.perf_counter() - start_time)
     logger.close()
-    again = f"python train.py --resume=True --out_dir={config.out_dir}"
-    if manager.stop_signal:
+    # The keys of the machine are not the run's: whoever gave them must give them again.
+    keys = [f" --{key}={given[key]}" for key in given if key in MACHINE_KEYS - {"out_dir", "resume"}]
+    command = "torchrun ... train.py" if manager.world_size > 1 else "python train.py"
+    again = f"{command} --resume=True --out_dir={config.out_dir}{''.join(keys)}"
+    if stopped:
         logger.say(f"stopped after update {manager.step}; go on with:  {again}")
-        return 128 + manager.stop_signal
+        return 128 + stopped
     print(
         f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
         f"best validation loss {manager.best_val_loss:.4f} nats\n"
@@ -741,4 +732,15 @@ def run_training(config: TrainConfig, meta: dict, state: dict | None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        os._exit(status)  # at a usual exit, what is left of the process group aborted in 1 of 16 runs
+    sys.exit(status)
