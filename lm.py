@@ -18,7 +18,7 @@ Legend, used in every shape:
     T  time, the tokens of a sequence                 V  vocabulary, how many different tokens there are
     D  d_model, the width of the residual stream      G  heads of keys and values, each serving H / G of the H
     H  heads (of queries)                             S  time of keys and values: T and what is cached before
-    K  head size, D / H
+    K  head size, D / H                               N  B · T, all tokens of a batch in one row
 Tokens are integers that stand for pieces of text. The residual stream is the vector of each token that all
 blocks read and add to. Logits are scores of what may come next; softmax makes probabilities of them. The loss
 is the mean of -ln(probability of the true next token), in nats.
@@ -62,7 +62,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table with a row of D numbers for each token. σ = 1 is the scale that RMSNorm gives all branches."""
+    """A table with a row of D numbers for each token, which start at σ = 1, the scale that RMSNorm keeps."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
         super().__init__()
@@ -182,7 +182,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same by what is faster: the lines above, or torch's kernel, which never holds all the scores.
+    """The same, by whichever is faster: the lines above, or torch's kernel, which never holds all scores.
 
     The kernel's causal mask is right for T = S, and one query needs no mask. In bfloat16 on a CPU the plain
     lines won up to T = 512, except for one query: the kernel generated batches of 16 1.3 times as fast.
@@ -196,7 +196,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K features, mixed by a last projection.
 
-    With fewer heads of keys and values than of queries (grouped-query attention), the cache shrinks by H / G.
+    With fewer heads of keys and values than of queries (grouped-query attention), the cache is smaller by H / G.
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
@@ -358,7 +358,9 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = None  # None: 8/3 · d_model, to a multiple of 8: three such cost as two of 4 · d_model
+    d_ff: int | None = (
+        None  # None: 8/3 · d_model, up to a multiple of 8: three such cost as two of 4 · d_model
+    )
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output
@@ -397,7 +399,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight
-        # The residual stream sums 2 · num_layers branches: divided so, its variance does not grow with depth.
+        # 2 · num_layers branches are added: divided by that number's root, their sum does not grow with depth.
         with torch.no_grad():
             for layer in self.layers:
                 layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)

@@ -88,7 +88,7 @@ class TrainConfig:
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
     checkpoint_interval: int = 500  # updates between checkpoints
     wandb_project: str | None = None  # log to this project of Weights & Biases too
-    # The machine: not part of the run, so that it can be resumed on another
+    # The machine, from here to the end: not part of the run, so that it can be resumed on another
     micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
@@ -127,7 +127,7 @@ FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Counted on a model without memory."""
+    """Counted on torch's meta device, where tensors take no memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in TransformerLM(config).parameters())
 
@@ -462,7 +462,7 @@ class TrainManager:
         self.model.eval()
         for i in range(0, used, rows * self.world_size):
             mine = starts[i + self.rank * rows :][:rows]
-            x, y = self.to_device(*data.windows(mine if len(mine) else starts[:1]))  # with FSDP all must come
+            x, y = self.to_device(*data.windows(mine if len(mine) else starts[:1]))  # with FSDP all take part
             with self.autocast:
                 total += self.model.loss(x, y).item() * len(mine)
         self.model.train()
@@ -482,7 +482,7 @@ class TrainManager:
         return text
 
     def check(self) -> None:
-        """Stop where nothing is left to train. It waits for the device: not to be called at each update."""
+        """Raise ValueError once a gradient was not finite. It waits for the device: not for each update."""
         scaled = self.scaler.is_enabled()
         if self.scaler.get_scale() < 2**-20 if scaled else self.skipped > 0:
             raise ValueError(
