@@ -196,7 +196,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K features, mixed by a last projection.
 
-    With fewer heads of keys and values than of queries (grouped-query attention), the cache is smaller by H / G.
+    With fewer heads of keys and values than of queries (grouped-query attention), the cache shrinks by H / G.
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
@@ -358,9 +358,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = (
-        None  # None: 8/3 · d_model, up to a multiple of 8: three such cost as two of 4 · d_model
-    )
+    d_ff: int | None = None  # None: 8/3 · d_model, to a multiple of 8: three such are as two of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output
@@ -399,7 +397,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight
-        # 2 · num_layers branches are added: divided by that number's root, their sum does not grow with depth.
+        # 2 · num_layers branches are added: divided by that number's root, the sum does not grow with depth.
         with torch.no_grad():
             for layer in self.layers:
                 layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
