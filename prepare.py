@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import os
 import platform
 import re
 import sys
@@ -92,6 +93,9 @@ def run(main) -> None:
     """Call main(argv). What the user can mend ends in one line and status 2, a bug in its traceback."""
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # who reads our output, as `| head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as problem:
         print(f"error: {in_words(problem)}", file=sys.stderr)
         sys.exit(2)

@@ -1314,6 +1314,14 @@ def test_two_processes_train_as_one_does(folder, way):
     assert command("sample.py", "--prompt=9 green", "--max_new_tokens=5").startswith("9 green")
 
 
+def test_each_process_trains_on_its_share_of_the_batch(folder):
+    m, rows = manager(), []
+    m.rank, m.world_size, real = 1, 2, m.loss
+    m.loss = lambda x, y: (rows.append(x), real(x, y))[1]
+    m.update()
+    assert torch.equal(torch.cat(rows), m.train_data.batch(0, 8, 0)[0][4:])
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_each_way_goes_on_in_each_other(folder):
     train.main([*SMALL, *ALONE, "--max_steps=28", "--out_dir=alone"])
@@ -1437,6 +1445,15 @@ def test_the_three_scripts_run_as_commands_and_a_signal_ends_in_a_checkpoint(tmp
         command("sample.py", "--checkpoint=no.pt", cwd=tmp_path, status=2)
         == "error: no.pt: No such file or directory\n"
     )
+
+
+def test_a_reader_that_leaves_ends_the_sample_without_a_word(folder):
+    train.main([*SMALL, "--max_steps=1"])
+    words = [sys.executable, ROOT / "sample.py", "--max_new_tokens=100000", "--device=cpu"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_of_long_ones(folder, capsys):
