@@ -78,8 +78,8 @@ class TrainConfig:
     min_lr: float = 0.0  # learning rate at the end
     warmup_steps: int | None = None  # updates until max_lr; None: a twentieth of max_steps
     weight_decay: float = 0.1  # of matrices and embeddings
-    beta1: float = 0.7  # AdamW's memory of gradients; large batches want 0.9
-    beta2: float = 0.98  # AdamW's memory of squared gradients; large batches want 0.95
+    beta1: float = 0.7  # AdamW's memory of gradients; 0.9 is usual with large batches
+    beta2: float = 0.98  # AdamW's memory of squared gradients; 0.95 is usual with large batches
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of the weights, the order of the data and dropout
     # What is reported and saved, and how often
