@@ -62,7 +62,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table with a row of D numbers for each token, which start at σ = 1, the scale that RMSNorm keeps."""
+    """A table with a row of D numbers for each token. They start at σ = 1, which RMSNorm leaves as it is."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
         super().__init__()
@@ -176,7 +176,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
     T, S = q.shape[2], k.shape[2]
-    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # else 0
+    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # or 0
     scores = (q / math.sqrt(q.shape[3])) @ k.mT + future  # (B, H, T, S)
     return scores.softmax(-1) @ v
 
@@ -358,7 +358,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = None  # None: 8/3 · d_model, to a multiple of 8: three such are as two of 4 · d_model
+    d_ff: int | None = None  # None: 8/3 · d_model, to a multiple of 8: three such cost as two of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output

@@ -95,7 +95,7 @@ def run(main) -> None:
         main(sys.argv[1:])
     except BrokenPipeError:  # who reads our output, as `| head` does, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
     except (ValueError, OSError) as problem:
         print(f"error: {in_words(problem)}", file=sys.stderr)
         sys.exit(2)

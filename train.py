@@ -189,7 +189,7 @@ def describe(c: TrainConfig, meta: dict | None, world_size: int) -> str:
         f"{c.num_heads} heads",
         f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} = {tokens:,} tokens, "
         f"{flops_per_token(c):,} FLOP a token",
-        f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile is True else 'eager'}"
+        f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile else 'eager'}"
         + (f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""),
     ]
     if meta:
