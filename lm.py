@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.serialization import config as serialization
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
 
@@ -659,7 +660,18 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-class CheckpointHandler:  # needs: replacing
+class ChecksumWriter:
+    """Passes on what is written to a file, and keeps the CRC-32 of it all."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.flush, self.crc = file, file.flush, 0
+
+    def write(self, data: bytes) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+
+class CheckpointHandler:  # needs: replacing, ChecksumWriter
     """Saves and loads dictionaries of tensors and plain values: whole or not at all; damage is noticed.
 
     A file is what torch.save writes and then its CRC-32, 4 bytes, little-endian, which torch.load ignores.
@@ -671,16 +683,18 @@ class CheckpointHandler:  # needs: replacing
     def save(self, name: str, state: dict) -> None:
         """Write folder/name. Until that is safe on the disk, the old one stays. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / name) as file:
-            torch.save(state, file)
-            file.write(self._crc32(file, file.tell()))
+        # torch's own checksums, one for each tensor, would take as long again as all of this, and miss more.
+        with replacing(self.folder / name) as file, serialization.patch("save.compute_crc32", False):
+            torch.save(state, writer := ChecksumWriter(file))
+            file.write(writer.crc.to_bytes(4, "little"))
 
     def load(self, name: str, map_location: str | torch.device = "cpu") -> dict:
         """Read folder/name: data, never code. Raises ValueError if damaged, OSError if unreadable."""
-        path = self.folder / name
+        path, crc = self.folder / name, 0
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size - 4
-            if size < 0 or self._crc32(file, size) != file.read():
+            while block := file.read(2**20):
+                crc = zlib.crc32(block, crc)
+            if crc != 0x2144DF1C:  # what anything followed by its own CRC-32 comes to
                 raise ValueError(f"{path}: damaged, or no checkpoint at all: its checksum is wrong")
             file.seek(0)
             try:
@@ -688,12 +702,3 @@ class CheckpointHandler:  # needs: replacing
             except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
                 reason = (str(problem) or type(problem).__name__).splitlines()[0]
                 raise ValueError(f"{path}: no checkpoint: {reason}") from problem
-
-    @staticmethod
-    def _crc32(file, size: int) -> bytes:
-        """The CRC-32 of the first `size` bytes; leaves the file at their end."""
-        file.seek(0)
-        crc = 0
-        while size > 0 and (block := file.read(min(size, 2**20))):
-            crc, size = zlib.crc32(block, crc), size - len(block)
-        return crc.to_bytes(4, "little")
