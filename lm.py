@@ -25,8 +25,10 @@ is the mean of -ln(probability of the true next token), in nats.
 """
 
 import contextlib
+import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,9 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
+
 # ------------------------------------------------------------------------------------------ Linear, Embedding
-
-
 class Linear(nn.Module):
     """y = x Wᵀ, with no bias.
 
@@ -54,8 +55,7 @@ class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         std = math.sqrt(2 / (d_in + d_out))
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(0, std).clamp_(-3 * std, 3 * std))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
@@ -65,10 +65,9 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table with a row of D numbers for each token. They start at σ = 1, which RMSNorm leaves as it is."""
 
-    def __init__(self, vocab_size: int, d_model: int, std: float = 1.0):
+    def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model).normal_().clamp_(-3, 3))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) of integers in 0 … V-1 → (..., D)."""
@@ -76,8 +75,6 @@ class Embedding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
-
-
 class RMSNorm(nn.Module):
     """y = x / √(mean(x²) + ε) · g: scale a vector to root mean square 1, then each feature by its gain g.
 
@@ -97,8 +94,6 @@ class RMSNorm(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
-
-
 class RoPE(nn.Module):
     """Rotary position embedding: turn pairs of features by an angle that grows with the position.
 
@@ -126,8 +121,6 @@ class RoPE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
-
-
 class SwiGLU(nn.Module):  # needs: Linear
     """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x): a gate says how much of each inner feature passes.
 
@@ -146,8 +139,6 @@ class SwiGLU(nn.Module):  # needs: Linear
 
 
 # ---------------------------------------------------------------------------------------------------- KVCache
-
-
 class KVCache:
     """The keys and values (see attention, below) of the tokens seen so far: none is computed twice."""
 
@@ -167,8 +158,6 @@ class KVCache:
 
 
 # -------------------------------------------------------------------------------------------------- Attention
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(Q Kᵀ / √K) V, where each token sees itself and what came before it.
 
@@ -226,8 +215,6 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
 
 
 # ------------------------------------------------------------------------------------------- TransformerBlock
-
-
 class TransformerBlock(nn.Module):
     # needs: Linear, RMSNorm, RoPE, SwiGLU, KVCache, attention, fast_attention, MultiheadSelfAttention
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
@@ -255,8 +242,6 @@ class TransformerBlock(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- Loss
-
-
 class LinearCrossEntropy(torch.autograd.Function):
     """mean over n of -log softmax(W x_n)[target_n], without ever holding all the logits.
 
@@ -305,8 +290,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: 
 
 
 # --------------------------------------------------------------------------------------------------- Sampling
-
-
 def sample_token(
     logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None, generator=None
 ) -> Tensor:
@@ -347,8 +330,6 @@ def sample_token(
 
 
 # --------------------------------------------------------------------------------- ModelConfig, TransformerLM
-
-
 @dataclass
 class ModelConfig:
     """The shape of a TransformerLM. One that cannot be raises ValueError."""
@@ -484,8 +465,6 @@ class TransformerLM(nn.Module):  # needs: everything above
 
 
 # ------------------------------------------------------------------------------------------------------ AdamW
-
-
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay, for parameters θ with gradients g at step t:
 
@@ -541,20 +520,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 
 
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
-
-
-def mix64(*values: int) -> int:
-    """Hash integers of 0 … 2⁶⁴-1 to a uniform one: splitmix64's finalizer (Steele et al., 2014), folded."""
-    h, mask = 0, 2**64 - 1
-    for value in values:
-        h = ((h ^ value) + 0x9E3779B97F4A7C15) & mask
-        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & mask
-        h ^= h >> 31
-    return h
-
-
-class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
+class MemmapTokenDataset(torch.utils.data.Dataset):
     """Windows of context_length + 1 tokens in a file of unsigned little-endian integers of any size.
 
     An epoch visits all n windows once, in an order of its own, which is not stored but computed: place i of
@@ -617,20 +583,20 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
         first, starts = step * batch_size + rank * share, []
         for epoch in range(first // n, (first + share - 1) // n + 1):  # nearly always one
             places = np.arange(max(first, epoch * n), min(first + share, (epoch + 1) * n)) - epoch * n
-            key = mix64(seed, epoch)
-            offset = key % min(T, len(self.tokens) - n * T)
-            starts.append(self._shuffle(places, key) * T + offset)
+            keys = np.random.SeedSequence((seed, epoch)).generate_state(7, np.uint64)
+            offset = int(keys[6]) % min(T, len(self.tokens) - n * T)
+            starts.append(self._shuffle(places, keys[:6]) * T + offset)
         return self.windows(np.concatenate(starts))
 
-    def _shuffle(self, places: np.ndarray, key: int) -> np.ndarray:
-        """π(places), int64, for the permutation π that belongs to key."""
+    def _shuffle(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """π(places), int64, for the permutation π that six random keys, uint64, make."""
         bits = max(1, (self.num_windows - 1).bit_length())
         mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
         x, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
         while outside.any():
             y = x[outside]
-            for i in range(3):
-                y = (y + np.uint64(mix64(key, 2 * i))) * np.uint64(mix64(key, 2 * i + 1) | 1) & mask
+            for add, multiply in keys.reshape(3, 2):
+                y = (y + add) * (multiply | 1) & mask
                 y ^= y >> half
             x[outside] = y
             outside = x >= self.num_windows
@@ -638,8 +604,6 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: mix64
 
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
-
-
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """Open a file to write that takes the place of `path` once it is whole and safe on the disk, or never."""
@@ -702,3 +666,90 @@ class CheckpointHandler:  # needs: replacing, ChecksumWriter
             except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
                 reason = (str(problem) or type(problem).__name__).splitlines()[0]
                 raise ValueError(f"{path}: no checkpoint: {reason}") from problem
+
+
+# ----------------------------------------------------------------------------------------------- Hugging Face
+LLAMA_SHAPE = {  # fields of config.json, and what ModelConfig calls them
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "d_ff",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+LLAMA_KIND = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+# What else config.json may say, besides what is null, false or 0; and what does not change the mathematics.
+LLAMA_REST = {"pretraining_tp": 1, "rope_type": "default"}
+NO_EFFECT = (
+    r"(bos|eos|pad)_token_id|(torch_)?dtype|initializer_range|is_llama_config|use_cache|_name.*|transf.*"
+)
+
+
+def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int | None = None) -> None:
+    # needs: replacing, LLAMA_SHAPE, LLAMA_KIND, TransformerLM and its needs
+    """Write config.json, generation_config.json and model.safetensors: transformers' LlamaForCausalLM.
+
+    The weights keep their dtype. Needs the package safetensors. Raises OSError.
+    """
+    from safetensors.torch import save_file
+
+    folder, ids = Path(folder), {"bos_token_id": None, "eos_token_id": eos_id}
+    config = LLAMA_KIND | {theirs: getattr(model.config, ours) for theirs, ours in LLAMA_SHAPE.items()} | ids
+    weights = {f"model.{name}": tensor.cpu() for name, tensor in model.state_dict().items()}
+    head = weights.pop("model.lm_head.weight")
+    weights |= {} if model.config.tie_embeddings else {"lm_head.weight": head}
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.safetensors") as file:
+        save_file(weights, file.name, {"format": "pt"})
+    for name, fields in (("config.json", config), ("generation_config.json", ids)):
+        with replacing(folder / name) as file:
+            file.write(json.dumps(fields, indent=2).encode())
+
+
+def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
+    # needs: ModelConfig, LLAMA_SHAPE, LLAMA_KIND, LLAMA_REST, NO_EFFECT
+    """The shape of the Llama in a Hugging Face folder; changes replace fields of it.
+
+    Raises OSError, and ValueError for what TransformerLM does not do: a field of config.json must be known
+    here, or null, false or 0.
+    """
+    path = Path(folder, "config.json")
+    try:
+        fields = {"model_type": "missing", "rope_theta": 10000.0} | json.loads(path.read_text())
+        fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
+        config = ModelConfig(**{ours: fields.pop(theirs) for theirs, ours in LLAMA_SHAPE.items()} | changes)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"{path}: not understood: {type(problem).__name__}: {problem}") from None
+    known = LLAMA_KIND | LLAMA_REST | {"head_dim": config.d_model // config.num_heads}
+    for name, value in fields.items():
+        if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
+            raise ValueError(f"{path}: {name} is {value!r}, which this model does not do")
+    return config
+
+
+def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
+    # needs: TransformerLM and its needs, pretrained_config and its needs
+    """The Llama in a Hugging Face folder, in float32; changes and errors are those of pretrained_config.
+
+    Weights without a place raise ValueError too, and so do places without weights. Needs safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    model, weights = TransformerLM(config := pretrained_config(folder, **changes)), {}
+    index = Path(folder, "model.safetensors.index.json")  # there where the weights are in several files
+    try:
+        places = json.loads(index.read_text())["weight_map"] if index.exists() else {"": "model.safetensors"}
+        for name in set(places.values()):
+            file = safe_open(Path(folder, name), "pt")  # a memory map: no weight is in memory twice
+            weights |= {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        weights = {key: weight for key, weight in weights.items() if not key.endswith("inv_freq")}  # old RoPE
+        if config.tie_embeddings:
+            weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as problem:
+        raise ValueError(f"{folder}: weights that do not fit: {' '.join(str(problem).split())}") from None
+    return model

@@ -2,8 +2,11 @@
 
     python prepare.py book.txt                     # one document: its last tenth is held out for validation
     python prepare.py notes/ --out_dir=data-notes  # every file in the folder; every tenth is held out
+    python prepare.py corpus.jsonl                 # a document a line: {"text": "..."}
     curl ... | python prepare.py -                 # standard input
     python prepare.py                              # the source of Python's own standard library
+    python prepare.py book.txt --tokenizer=bpe --vocab_size=4096     # tokens of several bytes, learned
+    python prepare.py book.txt --tokenizer=FOLDER  # the tokenizer of a Hugging Face model
 
 The tokenizers live here too, and what the three scripts share: a dataclass as a command line, the one-line
 `error:`, and the choice of a device.
@@ -15,12 +18,15 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import platform
 import re
+import shutil
 import sys
 import sysconfig
+import time
 import timeit
 import types
 import typing
@@ -99,6 +105,9 @@ def run(main) -> None:
     except (ValueError, OSError) as problem:
         print(f"error: {in_words(problem)}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as problem:  # all but torch and numpy are imported where they are used
+        print(f"error: this needs the package {problem.name}:  pip install {problem.name}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -143,25 +152,165 @@ def bfloat16_is_fast() -> bool:
 class ByteTokenizer:
     """Each byte is a token: nothing to train, nothing unknown. Byte 0, unused in text, ends a document."""
 
-    vocab_size, eos_id = 256, 0
+    vocab_size, eos_id, start_ids = 256, 0, ()
     spec = types.MappingProxyType({"kind": "bytes"})  # all that load_tokenizer needs
+    table = tuple(bytes([i]) for i in range(256))  # the bytes of each token
 
-    def encode(self, data: bytes) -> np.ndarray:
-        return np.frombuffer(data, np.uint8)
+    @staticmethod
+    def pieces(blocks: Iterable[bytes]) -> Iterable:
+        """A document's blocks as pieces that encode_batch can take one by one."""
+        return blocks
+
+    def encode_batch(self, pieces: list) -> list[np.ndarray]:
+        return [np.frombuffer(piece, np.uint8) for piece in pieces]
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.concatenate(self.encode_batch(list(self.pieces([text]))) or [np.zeros(0, np.int64)])
 
     def decode(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield text as the ids come; a character that spans several is held back until it is whole."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in ids:
-            yield decoder.decode(bytes([token]) if token < 256 else b"\xff")  # 256 and up: padding, no byte
+        for token in ids:  # a model's vocabulary may be padded beyond the tokenizer's
+            yield decoder.decode(self.table[token] if token < len(self.table) else b"\xff")
         yield decoder.decode(b"", final=True)
+
+    def to_json(self) -> str:
+        """The same tokenizer as the content of a tokenizer.json."""
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        model = {"type": "BPE", "vocab": {CHARACTERS[byte]: byte for byte in range(256)}, "merges": []}
+        return json.dumps({"version": "1.0", "pre_tokenizer": level, "decoder": level, "model": model})
+
+
+# In a tokenizer.json each byte is a visible character: itself, or else the next from 256 on (GPT-2, 2019).
+VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BEYOND = itertools.count(256)
+CHARACTERS = {byte: chr(byte if byte in VISIBLE else next(BEYOND)) for byte in range(256)}
+BYTES = {character: byte for byte, character in CHARACTERS.items()}
+# A piece ends where any tokenizer begins a new token, between a word and a space; else where a character ends.
+PIECE = re.compile(
+    rb"(?s).{65536,1048576}?(?<=[0-9A-Za-z])(?=\s)|.{1048576,1048579}(?=[^\x80-\xbf])|.{1048580}"
+)
+
+
+class BPETokenizer(ByteTokenizer):
+    """Byte-pair encoding: frequent neighbours are one token. A tokenizer.json of the package `tokenizers`.
+
+    Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
+    """
+
+    def __init__(self, text: str, eos_id: int):
+        """text: of the tokenizer.json. Raises ValueError if it is none, or not of a kind that keeps bytes."""
+        import tokenizers
+
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+            decoder = json.dumps(json.loads(text)["decoder"])
+        except Exception as problem:  # the package raises this very type
+            raise ValueError(f"no tokenizer.json: {problem}") from None
+        if not ("ByteLevel" in decoder or "ByteFallback" in decoder):
+            raise ValueError("a tokenizer whose tokens do not stand for bytes, which is not supported")
+        self.tokenizer.encode_special_tokens = True  # in a text, "<|endoftext|>" is text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        names = {token: name for name, token in self.tokenizer.get_vocab().items()}
+        self.vocab_size, self.eos_id = max(names) + 1, eos_id
+        if not 0 <= eos_id < self.vocab_size:
+            raise ValueError(f"the end of a text is {eos_id}, but there are {self.vocab_size} tokens")
+        self.start_ids = tuple(self.tokenizer.encode("").ids)  # what it puts before each text: Llama 2's <s>
+        self.spec = {"kind": "bpe", "eos_id": eos_id, "json": text}
+        spell = self.spell_bytes if "ByteLevel" in decoder else self.spell_words
+        self.table = tuple(spell(names.get(token, "")) for token in range(self.vocab_size))
+
+    @staticmethod
+    def spell_bytes(name: str) -> bytes:
+        return bytes(BYTES[c] for c in name) if BYTES.keys() >= set(name) else name.encode()
+
+    @staticmethod
+    def spell_words(name: str) -> bytes:
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+        return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
+
+    @staticmethod
+    def pieces(blocks: Iterable[bytes]) -> Iterator[str]:
+        """Raises UnicodeDecodeError where the bytes are not UTF-8."""
+        rest = b""
+        for block in blocks:
+            rest, end = rest + block, 0
+            for match in PIECE.finditer(rest):
+                end = match.end()
+                yield match[0].decode()
+            rest = rest[end:]
+        if rest:
+            yield rest.decode()
+
+    def encode_batch(self, pieces: list[str]) -> list[np.ndarray]:
+        encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)  # on all cores
+        return [np.array(e.ids, np.int64) for e in encoded]
+
+    def to_json(self) -> str:
+        return self.spec["json"]
+
+
+def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE of vocab_size tokens, learned from pieces; token 0, <|endoftext|>, ends a document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    settings = {
+        "special_tokens": ["<|endoftext|>"],
+        "initial_alphabet": sorted(BYTES),
+        "show_progress": False,
+    }
+    tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    return BPETokenizer(tokenizer.to_str(), 0)
+
+
+def find_tokenizer(path: str) -> BPETokenizer:
+    """The tokenizer of a tokenizer.json or of a folder that holds one. Raises ValueError or OSError."""
+    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+    try:
+        text, eos_id = file.read_text(), None
+        for config in (file.with_name("config.json"), file.with_name("generation_config.json")):
+            found = json.loads(config.read_text()).get("eos_token_id") if config.exists() else None
+            eos_id = found if found is not None else eos_id
+        if eos_id is None:
+            names = json.loads(text)["model"]["vocab"]
+            eos_id = next(
+                names[n] for n in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>") if n in names
+            )
+        return BPETokenizer(text, eos_id[0] if isinstance(eos_id, list) else eos_id)
+    except StopIteration:
+        raise ValueError(
+            f"{file}: it does not say which token ends a text; a config.json beside it may"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{file}: {problem}") from None
 
 
 def load_tokenizer(spec: dict) -> ByteTokenizer:
     """The tokenizer that `spec`, from a meta.json or a checkpoint, describes."""
-    if spec != ByteTokenizer.spec:
-        raise ValueError(f"the tokenizer {spec!r} is not known; what is known: {dict(ByteTokenizer.spec)}")
-    return ByteTokenizer()
+    if spec == ByteTokenizer.spec:
+        return ByteTokenizer()
+    if spec.keys() != {"kind", "eos_id", "json"} or spec["kind"] != "bpe":
+        raise ValueError(f"the tokenizer {str(spec)[:60]!r} is not known; known are the kinds bytes and bpe")
+    return BPETokenizer(spec["json"], spec["eos_id"])
+
+
+def export_tokenizer(tokenizer: ByteTokenizer, folder: str) -> None:
+    """Write the files from which transformers' AutoTokenizer makes the same tokenizer.
+
+    No end-of-text token is declared, or its name would be found in texts: config.json has its id.
+    """
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {"split_special_tokens": True}
+    for name, text in (
+        ("tokenizer.json", tokenizer.to_json()),
+        ("tokenizer_config.json", json.dumps(config)),
+    ):
+        with replacing(Path(folder, name)) as file:
+            file.write(text.encode())
 
 
 # -------------------------------------------------------------------------------------------------- Documents
@@ -172,8 +321,8 @@ EXCLUDED = re.compile(  # tables, giant literals, tests, and paths of the machin
 )
 
 
-def standard_library() -> list[tuple[Path, bool]]:
-    """(path, held out?) of the sources of Python's standard library.
+def standard_library() -> list[tuple]:
+    """(path, first byte, end, held out?) of the sources of Python's standard library.
 
     Whole top-level modules are held out, about a tenth of the bytes, so that no text stands on both sides.
     """
@@ -182,73 +331,166 @@ def standard_library() -> list[tuple[Path, bool]]:
     tops = {name: name.split("/")[0].removesuffix(".py") for name in names if not EXCLUDED.search(name)}
     if not tops:
         raise ValueError(f"{root}: this Python has no source of its library; prepare a text of your own")
-    return [(root / name, zlib.crc32(top.encode()) % 10 == 0) for name, top in tops.items()]
+    held_out = {name: zlib.crc32(top.encode()) % 10 == 0 for name, top in tops.items()}
+    return [(root / name, 0, (root / name).stat().st_size, held_out[name]) for name in tops]
 
 
-def find_documents(inputs: list[str], val_fraction: float) -> list[tuple[Path, bool]]:
-    """(path, held out?) of each file named and each file in a folder named; "-" is standard input."""
+def find_parts(inputs: list[str], val_fraction: float, spool: Path) -> list[tuple]:
+    """(path, first byte, end, held out?) of each file named and each file in a folder named.
+
+    Where there are so few that none is to be held out, the last val_fraction of all their bytes is. What is
+    no file, as standard input, "-", is copied to the file `spool` first. None: documents are counted later.
+    """
     paths = []
     for path in map(Path, inputs):
         files = sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
         paths += files if path.is_dir() else [path]  # nothing hidden, such as .git
-    return [(path, int((i + 1) * val_fraction) > int(i * val_fraction)) for i, path in enumerate(paths)]
+    for i, path in enumerate(paths):
+        if str(path) == "-" or path.is_fifo():
+            with (
+                sys.stdin.buffer if str(path) == "-" else open(path, "rb") as source,
+                open(spool, "ab") as copy,
+            ):
+                shutil.copyfileobj(source, copy, 2**20)
+            paths[i] = spool
+    if len(paths) * val_fraction >= 1 or any(path.suffix == ".jsonl" for path in paths):
+        return [(path, 0, path.stat().st_size, None) for path in paths]
+    parts, sizes = [], [path.stat().st_size for path in paths]
+    cut = sum(sizes) - int(sum(sizes) * val_fraction)
+    for path, size in zip(paths, sizes, strict=True):
+        here = min(max(cut, 0), size)
+        with open(path, "rb") as file:
+            file.seek(here)  # not inside of a character
+            here += len(re.match(rb"[\x80-\xbf]{0,3}", file.read(3))[0])
+        parts += [(path, 0, here, False), (path, here, size, True)]
+        cut -= size
+    return [part for part in parts if part[1] < part[2]]
 
 
-def read_blocks(path: Path) -> Iterator[bytes]:
-    with sys.stdin.buffer if str(path) == "-" else open(path, "rb") as file:
-        while block := file.read(2**20):
+def read_documents(parts: list[tuple], val_fraction: float) -> Iterator[tuple[Path, bool, Iterator[bytes]]]:
+    """(path, held out?, blocks of bytes) of each document: a part, or each line of a .jsonl file."""
+    counter = itertools.count()
+    for path, start, end, held_out in parts:
+        lines = path.suffix == ".jsonl"
+        for blocks in read_lines(path) if lines else [read_blocks(path, start, end)]:
+            i = next(counter)
+            every = int((i + 1) * val_fraction) > int(i * val_fraction)
+            yield path, every if held_out is None else held_out, blocks
+
+
+def read_blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(min(2**20, end - file.tell())):
             yield block
+
+
+def read_lines(path: Path) -> Iterator[list[bytes]]:
+    """The field `text` of each line, as a document of one block."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield [json.loads(line)["text"].encode()]
+            except (ValueError, KeyError, TypeError, AttributeError) as problem:
+                raise ValueError(f'{path}, line {number}: no {{"text": "..."}} ({problem})') from None
+
+
+class Tally:
+    """Passes blocks on, and keeps their sizes and digest; says how long the rest will take.
+
+    After the first second that is a line on standard error: each second anew, in a log each minute.
+    """
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.sizes, self.digest = what, total, [0, 0], hashlib.sha256()
+        self.start, self.next, self.live = time.perf_counter(), 1.0, sys.stderr.isatty()
+
+    def __call__(self, blocks: Iterable[bytes], held_out: bool) -> Iterator[bytes]:
+        for block in blocks:
+            yield block
+            self.sizes[held_out] += len(block)
+            self.digest.update(block)
+            if (seconds := time.perf_counter() - self.start) > self.next:
+                self.next = seconds + (1 if self.live else 60)
+                done, rate = sum(self.sizes) / 1e6, sum(self.sizes) / 1e6 / seconds
+                left = max(0, int(self.total / 1e6 / rate - seconds))
+                self.say(
+                    f"{done:,.0f} of {self.total / 1e6:,.0f} MB  {rate:,.1f} MB/s  {left // 60}:{left % 60:02} left"
+                )
+
+    def say(self, line: str) -> None:
+        line = f"\r\033[K{line and self.what} {line}" if self.live else f"{self.what} {line}\n"
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- Writing
 
 
-def prepare(
-    documents: list[tuple[Path, bool]], out_dir: str, tokenizer, val_fraction: float, source: str
-) -> None:
+def read_pieces(parts: list[tuple], val_fraction: float, tokenizer, tally: Tally) -> Iterator[tuple]:
+    """(held out?, first of its document?, piece) of all documents."""
+    for path, held_out, blocks in read_documents(parts, val_fraction):
+        try:
+            for i, piece in enumerate(tokenizer.pieces(tally(blocks, held_out))):
+                yield held_out, i == 0, piece
+        except UnicodeDecodeError as problem:
+            raise ValueError(f"{path}: not UTF-8 ({problem}); --tokenizer=bytes takes any bytes") from None
+
+
+def in_batches(items: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
+    """Lists of items whose last members are together at least `size` long, but for the last list."""
+    batch, held = [], 0
+    for item in items:
+        batch.append(item)
+        held += len(item[-1])
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def prepare(parts: list[tuple], out_dir: str, tokenizer, val_fraction: float, source: str) -> None:
     """Write the documents' tokens to out_dir/train.bin and val.bin, and what they are to out_dir/meta.json.
 
-    Where no document is held out, the last val_fraction of the tokens is. Files appear whole or not at all.
-    Raises ValueError where there is too little text, OSError where a file cannot be read or written.
+    Files appear whole or not at all. Raises ValueError where there is too little text, OSError where a file
+    cannot be read or written.
     """
-    out, largest, digest = Path(out_dir), tokenizer.vocab_size - 1, hashlib.sha256()
+    out, largest, spec = Path(out_dir), tokenizer.vocab_size - 1, dict(tokenizer.spec)
     dtype = np.dtype("<u1" if largest < 2**8 else "<u2" if largest < 2**16 else "<u4")
-    eos, sizes = np.array([tokenizer.eos_id], dtype).tobytes(), [0, 0]
+    start = np.array(tokenizer.start_ids, dtype).tobytes()
+    eos = np.array(tokenizer.eos_id, dtype).tobytes()
+    tally = Tally("preparing", sum(end - first for _, first, end, _ in parts))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "val.bin") as val, replacing(out / "train.bin") as train:
-        for path, held_out in documents:
-            file = val if held_out else train
-            file.write(eos if file.tell() else b"")
-            for block in read_blocks(path):
-                file.write(tokenizer.encode(block).astype(dtype, copy=False))
-                sizes[held_out] += len(block)
-                digest.update(block)
-        if not val.tell():
-            total = train.tell() // dtype.itemsize
-            cut = total - int(total * val_fraction)
-            train.seek(cut * dtype.itemsize)
-            while block := train.read(2**20):
-                val.write(block)
-            train.truncate(cut * dtype.itemsize)
-            held = sizes[0] * (total - cut) // max(total, 1)
-            sizes = [sizes[0] - held, held]
-        tokens = [file.seek(0, 2) // dtype.itemsize for file in (train, val)]
+        for batch in in_batches(read_pieces(parts, val_fraction, tokenizer, tally), 2**22):
+            encoded = tokenizer.encode_batch([piece for _, _, piece in batch])
+            for (held_out, first, _), ids in zip(batch, encoded, strict=True):
+                file = val if held_out else train
+                file.write((eos if file.tell() else b"") + start if first else b"")
+                file.write(ids.astype(dtype, copy=False))
+        tokens, sizes = [file.tell() // dtype.itemsize for file in (train, val)], tally.sizes
         if not all(tokens):
             raise ValueError(
-                f"{source}: {sum(sizes)} bytes are too little text to train on and to validate with"
+                f"{source}: {sum(sizes):,} bytes, of which {sizes[1]:,} are held out, are too little text to "
+                f"train on and to validate with; use more, or another --val_fraction than {val_fraction}"
             )
-    meta = {"tokenizer": dict(tokenizer.spec), "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    if text := spec.pop("json", None):
+        with replacing(out / "tokenizer.json") as file:
+            file.write(text.encode())
+        spec["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    meta = {"tokenizer": spec, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
     meta |= {"dtype": f"uint{8 * dtype.itemsize}", "train_tokens": tokens[0], "val_tokens": tokens[1]}
-    meta |= {"train_bytes": sizes[0], "val_bytes": sizes[1], "source": source, "sha256": digest.hexdigest()}
+    meta |= {"train_bytes": sizes[0], "val_bytes": sizes[1], "source": source}
     with replacing(out / "meta.json") as file:
-        file.write(json.dumps(meta, indent=2).encode() + b"\n")
+        file.write(json.dumps(meta | {"sha256": tally.digest.hexdigest()}, indent=2).encode() + b"\n")
+    if tally.live and tally.next > 1:
+        tally.say("")
     print(f"{out}: {tokens[0]:,} tokens to train on, {tokens[1]:,} to validate with, from {source}")
 
 
-def prepare_default(out_dir: str) -> None:
+def prepare_default(out_dir: str, tokenizer=None) -> None:
     """Prepare the corpus that needs no download: the standard library of the Python that runs this."""
     source = f"the standard library of Python {platform.python_version()}"
-    prepare(standard_library(), out_dir, ByteTokenizer(), 0.1, source)
+    prepare(standard_library(), out_dir, tokenizer or ByteTokenizer(), 0.1, source)
 
 
 def load_meta(data_dir: str) -> dict:
@@ -264,6 +506,11 @@ def load_meta(data_dir: str) -> dict:
             raise ValueError(
                 f"dtype, eos_id, vocab_size: {meta['dtype']}, {meta['eos_id']}, {meta['vocab_size']}"
             )
+        if "sha256" in meta["tokenizer"]:
+            text = path.with_name("tokenizer.json").read_text()
+            if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer"].pop("sha256"):
+                raise ValueError("tokenizer.json is another than the tokens were made with")
+            meta["tokenizer"]["json"] = text
     except FileNotFoundError:
         raise ValueError(
             f"{path}: not there; make it:  python prepare.py TEXT --out_dir={data_dir}"
@@ -281,20 +528,37 @@ class PrepareConfig:
 
     inputs: list[str] = dataclasses.field(default_factory=list)
     out_dir: str = "data"  # the folder to write
-    tokenizer: typing.Literal["bytes"] = "bytes"  # how text becomes tokens
+    tokenizer: str = "bytes"  # bytes; bpe: learned from the text; or a tokenizer.json, or a folder with one
+    vocab_size: int | None = None  # with --tokenizer=bpe: how many tokens to learn; None: 4096
     val_fraction: float = 0.1  # share held out: of many documents every tenth, of one its last tenth
+
+
+def make_tokenizer(c: PrepareConfig, parts: list[tuple]) -> ByteTokenizer:
+    if c.vocab_size is not None and (c.tokenizer != "bpe" or not 257 <= c.vocab_size < 2**31):
+        raise ValueError(f"--vocab_size={c.vocab_size}: goes with --tokenizer=bpe, and must be at least 257")
+    if c.tokenizer != "bpe":
+        return ByteTokenizer() if c.tokenizer == "bytes" else find_tokenizer(c.tokenizer)
+    tally = Tally("learning tokens from", sum(end - first for _, first, end, _ in parts))
+    pieces = read_pieces(parts, c.val_fraction, BPETokenizer, tally)
+    return train_tokenizer((piece for held_out, _, piece in pieces if not held_out), c.vocab_size or 4096)
 
 
 def main(argv: list[str]) -> None:
     c = PrepareConfig(**parse_args(PrepareConfig, argv, __doc__))
     if not 0 < c.val_fraction < 1:
         raise ValueError(f"--val_fraction={c.val_fraction}: must be above 0 and below 1")
-    if not c.inputs:
-        prepare_default(c.out_dir)
-    else:
-        documents = find_documents(c.inputs, c.val_fraction)
+    source, spool = (
+        f"the standard library of Python {platform.python_version()}",
+        Path(c.out_dir, "input.tmp"),
+    )
+    if c.inputs:
         source = " ".join("standard input" if name == "-" else name for name in c.inputs)
-        prepare(documents, c.out_dir, ByteTokenizer(), c.val_fraction, source)
+    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        parts = find_parts(c.inputs, c.val_fraction, spool) if c.inputs else standard_library()
+        prepare(parts, c.out_dir, make_tokenizer(c, parts), c.val_fraction, source)
+    finally:
+        spool.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,40 @@
 """Text in, text out: continue a prompt with a trained model.
 
+python sample.py                               # asks for prompts, until Ctrl-D
 python sample.py --prompt="def "
 python sample.py --checkpoint=out-notes/best.pt --prompt=@opening.txt --temperature=1 --num_samples=3
+python sample.py --export=FOLDER               # writes the model for Hugging Face's transformers
 """
 
+import contextlib
 import os
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
-from lm import CheckpointHandler, ModelConfig, TransformerLM
-from prepare import load_tokenizer, parse_args, pick_device, run
+from lm import CheckpointHandler, ModelConfig, TransformerLM, load_pretrained, save_pretrained
+from prepare import (
+    ByteTokenizer,
+    export_tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    parse_args,
+    pick_device,
+    run,
+)
 
 
 @dataclass
 class SampleConfig:
     """Every key of `python sample.py --key=value`; the comments are its --help."""
 
-    checkpoint: str = "out/best.pt"  # what train.py saved
-    prompt: str = ""  # text to continue; @FILE reads it from a file, - from standard input
+    checkpoint: str = "out/best.pt"  # what train.py saved, or the folder of a Hugging Face Llama
+    export: str | None = None  # write the model to this folder, for transformers, instead of sampling
+    prompt: str | None = None  # text to continue; @FILE reads it from a file, - from standard input
     max_new_tokens: int = 500  # tokens to add
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model finds them; above: wilder
     top_k: int | None = None  # draw among the k likeliest only
@@ -33,8 +45,10 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 
-def load_model(path: str) -> tuple[TransformerLM, object]:
-    """The model and the tokenizer of a checkpoint, on the CPU."""
+def load_model(path: str) -> tuple[TransformerLM, ByteTokenizer]:
+    """The model and the tokenizer of a checkpoint or of a Hugging Face folder, on the CPU."""
+    if Path(path).is_dir():
+        return load_pretrained(path).eval(), find_tokenizer(path)
     state = CheckpointHandler(Path(path).parent).load(Path(path).name)
     if not {"model", "config", "tokenizer"} <= set(state):
         raise ValueError(f"{path}: no checkpoint of train.py")
@@ -50,36 +64,52 @@ def read_prompt(prompt: str) -> bytes:
     return Path(prompt[1:]).read_bytes() if prompt.startswith("@") else os.fsencode(prompt)
 
 
+def speak(model: TransformerLM, tokenizer: ByteTokenizer, prompt: bytes, c: SampleConfig, generator) -> None:
+    """Print the prompt and its continuations, as they come."""
+    try:
+        shown = prompt.decode()
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"--prompt={c.prompt}: byte {problem.start:,} of it is not UTF-8 text") from None
+    ids = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()] or [tokenizer.eos_id]
+    if len(ids) > (window := model.config.context_length):
+        longer = f"the prompt's {len(ids):,} tokens are more than the model sees"
+        print(f"{longer}: keeping the last {window}", file=sys.stderr)
+    tokens = torch.tensor([ids[-window:]], device=generator.device)
+    start, made = time.perf_counter(), 0
+    sampling = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "generator": generator}
+    for i in range(c.num_samples):
+        print("\n---" if i else "", shown, sep="\n" if i else "", end="", flush=True)
+        stream = model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
+        ids = (token.item() for token in stream)
+        for count, piece in enumerate(tokenizer.decode(i for i in ids if i != tokenizer.eos_id)):  # noqa: B007
+            print(piece, end="", flush=True)
+        made += count  # and not one more: the last piece is the end of what was held back
+        print()
+    seconds = time.perf_counter() - start
+    print(f"{made:,} tokens, {made / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
+
+
 def main(argv: list[str]) -> None:
     c = SampleConfig(**parse_args(SampleConfig, argv, __doc__))
     for name in ("max_new_tokens", "num_samples", "seed"):
         if getattr(c, name) < 0:
             raise ValueError(f"--{name}={getattr(c, name)}: must be at least 0")
     model, tokenizer = load_model(c.checkpoint)
+    if c.export:
+        save_pretrained(model, c.export, tokenizer.eos_id)
+        export_tokenizer(tokenizer, c.export)
+        print(f"{c.export}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+        return
     device, dtype = pick_device(c.device, c.dtype)
     model.to(device, dtype)
-    text = read_prompt(c.prompt)
-    try:
-        shown = text.decode()
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"--prompt={c.prompt}: byte {problem.start:,} of it is not UTF-8 text") from None
-    ids = tokenizer.encode(text).astype(np.int64) if text else np.array([tokenizer.eos_id])
-    if len(ids) > (window := model.config.context_length):
-        print(
-            f"the prompt's {len(ids):,} tokens are more than the model sees: keeping the last {window}",
-            file=sys.stderr,
-        )
-    tokens = torch.from_numpy(ids[-window:])[None].to(device)
     generator = torch.Generator(device).manual_seed(c.seed)
-    sampling = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "generator": generator}
-    for i in range(c.num_samples):
-        print("\n---" if i else "", shown, sep="\n" if i else "", end="", flush=True)
-        stream = (
-            t.item() for t in model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
-        )
-        for piece in tokenizer.decode(t for t in stream if t != tokenizer.eos_id):
-            print(piece, end="", flush=True)
-        print()
+    if c.prompt is not None or not sys.stdin.isatty():
+        speak(model, tokenizer, read_prompt(c.prompt or ""), c, generator)
+        return
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        while True:
+            speak(model, tokenizer, os.fsencode(input("prompt> ")), c, generator)
+    print()
 
 
 if __name__ == "__main__":

@@ -35,12 +35,14 @@ from lm import (
     MemmapTokenDataset,
     ModelConfig,
     TransformerLM,
+    load_pretrained,
     lr_cosine_schedule,
-    mix64,
+    pretrained_config,
     replacing,
 )
 from prepare import (
     ByteTokenizer,
+    find_tokenizer,
     in_words,
     load_meta,
     load_tokenizer,
@@ -59,9 +61,10 @@ class TrainConfig:
     out_dir: str = "out"  # folder for last.pt, best.pt and metrics.jsonl
     resume: Literal["auto", True, False] = False  # go on from out_dir/last.pt; auto: if it is there
     dry_run: bool = False  # only say what the run would take: parameters, arithmetic, memory
-    # The model, as in lm.ModelConfig
+    init_from: str | None = None  # folder of a Hugging Face Llama to fine-tune; None: a fresh model
+    # The model, as in lm.ModelConfig; with init_from the folder's, of which context_length may be lower
     vocab_size: int | None = None  # None: the tokenizer's
-    context_length: int = 128  # tokens of a window: how far the model sees
+    context_length: int = 128  # tokens of a window: how far the model sees; with init_from at most 512
     d_model: int = 128  # width of the residual stream
     num_layers: int = 4  # transformer blocks
     num_heads: int = 4  # attention heads of each block
@@ -74,7 +77,7 @@ class TrainConfig:
     # The optimization
     max_steps: int = 2500  # updates
     batch_size: int = 8  # windows in an update, whatever the hardware
-    max_lr: float = 3e-3  # learning rate after the warm-up
+    max_lr: float | None = None  # learning rate after the warm-up; None: 3e-3, or 1e-4 with init_from
     min_lr: float = 0.0  # learning rate at the end
     warmup_steps: int | None = None  # updates until max_lr; None: a twentieth of max_steps
     weight_decay: float = 0.1  # of matrices and embeddings
@@ -106,6 +109,8 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and not low <= value < high:
                 least = "above 0" if low == 5e-324 else f"at least {low}"
                 raise ValueError(f"--{name}={value}: must be {least} and below {high}")
+        if self.max_lr is None:
+            self.max_lr = 1e-4 if self.init_from else 3e-3
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
         if self.warmup_steps is None:
@@ -120,7 +125,8 @@ class TrainConfig:
 # Of a resumed run: what is taken from the command line alone, and what must stay as it was.
 KEYS = [field.name for field in dataclasses.fields(TrainConfig)]
 MACHINE_KEYS = {"out_dir", "resume", "dry_run", *KEYS[KEYS.index("micro_batch_size") :]}
-FIXED_KEYS = {field.name for field in dataclasses.fields(ModelConfig)} | {"batch_size", "seed"}
+SHAPE_KEYS = {field.name for field in dataclasses.fields(ModelConfig)}
+FIXED_KEYS = SHAPE_KEYS | {"batch_size", "seed", "init_from"}
 
 
 # ------------------------------------------------------------------------------------------- What a run takes
@@ -264,6 +270,24 @@ class Logger:
     def close(self) -> None:
         self.file.close()
         self.wandb.finish()
+        if importlib.util.find_spec("matplotlib"):
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the losses in metrics.jsonl to loss.png."""
+        from matplotlib.figure import Figure
+
+        path = Path(self.config.out_dir, "metrics.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for key, style, label in (("train_loss", "-", "training"), ("val_loss", "o-", "validation")):
+            points = np.array([(line["step"], line[key]) for line in lines if key in line]).reshape(-1, 2)
+            axes.plot(*points.T, style, label=label, markersize=4)
+        axes.set(xlabel="update", ylabel="loss, nats per token")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path.with_name("loss.png"), dpi=110)
 
 
 # --------------------------------------------------------------------------------------------- Many processes
@@ -368,7 +392,11 @@ class TrainManager:
         self.device, self.dtype = pick_device(c.device, c.dtype)
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
-        self.model = TransformerLM(c.model())
+        if c.init_from and state is None:
+            shape = {"context_length": c.context_length, "dropout": c.dropout}
+            self.model = load_pretrained(c.init_from, **shape)
+        else:
+            self.model = TransformerLM(c.model())
         self.loss, self.average_gradients = spread(self.model, c, self.device, self.dtype)
         self.params = list(self.model.parameters())
         matrices, gains = ([p for p in self.params if (p.ndim > 1) is matrix] for matrix in (True, False))
@@ -432,7 +460,8 @@ class TrainManager:
         rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
         for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
             if c.dropout:
-                torch.manual_seed(mix64(c.seed, self.step, i, self.rank))
+                key = np.random.SeedSequence((c.seed, self.step, i, self.rank))
+                torch.manual_seed(key.generate_state(1, np.uint64).item())
             self.average_gradients((i + 1) * rows >= len(x))  # over the processes: once an update
             with self.autocast:
                 loss = self.loss(xi, yi) * (len(xi) / len(x))
@@ -583,9 +612,21 @@ def resumed(given: dict) -> tuple[TrainConfig, dict]:
     return TrainConfig(**saved | given), state
 
 
+def fresh(given: dict) -> TrainConfig:
+    """The config of a fresh run: the given keys, and where it fine-tunes a model, that model's shape."""
+    config = TrainConfig(**given)
+    if not config.init_from:
+        return config
+    shape = dataclasses.asdict(pretrained_config(config.init_from))
+    for key in sorted(SHAPE_KEYS & given.keys() - {"dropout"}):
+        if given[key] != shape[key] and not (key == "context_length" and given[key] < shape[key]):
+            raise ValueError(f"--{key}={given[key]}: the model in {config.init_from} has {shape[key]}")
+    return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
+
+
 def start(given: dict) -> TrainConfig:
     """The config of a fresh run, in a folder that holds none yet."""
-    config = TrainConfig(**given)
+    config = fresh(given)
     if any(Path(config.out_dir, name).exists() for name in ("last.pt", "prev.pt")):
         raise ValueError(
             f"{config.out_dir} holds a run already; go on with it:  python train.py --resume=True "
@@ -593,7 +634,7 @@ def start(given: dict) -> TrainConfig:
         )
     if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
         print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
-        prepare_default(config.data_dir)
+        prepare_default(config.data_dir, config.init_from and find_tokenizer(config.init_from))
     return config
 
 
@@ -617,8 +658,8 @@ def settle(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     device, dtype = pick_device(c.device, c.dtype)
     c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
     c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
-    if c.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"--wandb_project={c.wandb_project}: needs the package wandb: pip install wandb")
+    if c.wandb_project:
+        importlib.import_module("wandb")  # if it is missing, that is an error now
     if c.batch_size % world_size:
         least = math.ceil(c.batch_size / world_size) * world_size
         raise ValueError(
@@ -649,12 +690,17 @@ def set_up(given: dict) -> tuple[TrainConfig, dict, dict | None]:
         raise ValueError(
             f"--data_dir={config.data_dir}: not the tokenizer that the run in {config.out_dir} has"
         )
+    if config.init_from and not state and find_tokenizer(config.init_from).spec != meta["tokenizer"]:
+        again = f"python prepare.py TEXT --tokenizer={config.init_from} --out_dir={config.data_dir}"
+        raise ValueError(
+            f"--data_dir={config.data_dir}: not in the tokens of the model; prepare it:  {again}"
+        )
     return config, meta, state
 
 
 def plan(given: dict) -> str:
     """What a run would take, for as many processes as the environment's WORLD_SIZE says; nothing is begun."""
-    config, world_size = TrainConfig(**given), int(os.environ.get("WORLD_SIZE", 1))
+    config, world_size = fresh(given), int(os.environ.get("WORLD_SIZE", 1))
     meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
     settle(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
     return describe(config, meta, world_size)
