@@ -33,7 +33,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -47,9 +46,8 @@ class Linear(nn.Module):
     """y = x Wᵀ, with no bias.
 
     W starts normally distributed with variance 2 / (d_in + d_out), a compromise between keeping the scale of
-    activations (forward) and of gradients (backward); cut at 3σ, so that no weight starts as an outlier.
-    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
-    2010, equation 12.
+    activations (forward) and of gradients (backward); clipped at 3σ, so that no weight starts as an outlier.
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep networks", 2010, equation 12.
     """
 
     def __init__(self, d_in: int, d_out: int):
@@ -138,7 +136,7 @@ class SwiGLU(nn.Module):  # needs: Linear
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # gate and up: (..., F)
 
 
-# ---------------------------------------------------------------------------------------------------- KVCache
+# ----------------------------------------------------------------------------------------- KVCache, Attention
 class KVCache:
     """The keys and values (see attention, below) of the tokens seen so far: none is computed twice."""
 
@@ -157,7 +155,6 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-# -------------------------------------------------------------------------------------------------- Attention
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(Q Kᵀ / √K) V, where each token sees itself and what came before it.
 
@@ -215,8 +212,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
 
 
 # ------------------------------------------------------------------------------------------- TransformerBlock
-class TransformerBlock(nn.Module):
-    # needs: Linear, RMSNorm, RoPE, SwiGLU, KVCache, attention, fast_attention, MultiheadSelfAttention
+class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAttention and its needs
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
     With the norm before each branch ("pre-norm"), the residual stream x itself is never rescaled: gradients
@@ -247,8 +243,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     Equal, in value and gradient, to F.cross_entropy((x @ weight.T).float(), targets), whose (N, V) numbers
     would be the largest in memory by far. Here a chunk of rows at a time gives its part of the loss and, at
-    once, of the gradients, because ∂loss/∂logits = (softmax - onehot) / N needs nothing but the logits. Every
-    target counts: there is no ignore_index.
+    once, of the gradients, because ∂loss/∂logits = (softmax - onehot) / N needs nothing but the logits.
     """
 
     @staticmethod
@@ -290,9 +285,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: 
 
 
 # --------------------------------------------------------------------------------------------------- Sampling
-def sample_token(
-    logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None, generator=None
-) -> Tensor:
+def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
     """Draw a token from each row of logits (B, V) → (B,), int64. Raises ValueError for settings out of range.
 
     temperature   divides the logits: below 1 the likely becomes likelier; 0 takes the likeliest
@@ -305,12 +298,9 @@ def sample_token(
     """
     V = logits.shape[-1]
     top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it must be at least 0")
-    if not top_k >= 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
+        sizes = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        raise ValueError(f"{sizes}: they must be at least 0, at least 1, and above 0 up to 1")
     if temperature == 0:
         return logits.argmax(-1)
     # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
@@ -420,21 +410,13 @@ class TransformerLM(nn.Module):  # needs: everything above
 
     @torch.inference_mode()
     def stream(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_id: int | None = None,
-        generator: torch.Generator | None = None,
+        self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None
     ) -> Iterator[Tensor]:
         """Yield the tokens that follow prompt (B, P), int64, P ≥ 1: (B,) at a time, as they come.
 
-        A row that has drawn eos_id repeats it; the stream ends when all have. When the window is full,
-        its last half is read again into an empty cache and the stream goes on, for as long as asked.
-        temperature, top_k, top_p: as for sample_token. Raises ValueError, at the first token, for what is out
-        of range. The tokens are inference tensors: clone them to train on them, or take those of `generate`.
+        A row that has drawn eos_id repeats it; the stream ends when all have. When the window is full, its
+        last half is read again into empty caches. temperature, top_k, top_p: as for sample_token. Raises
+        ValueError, at the first token, for what is out of range. Clone what it yields to train on it.
         """
         (B, P), T = prompt.shape, self.config.context_length
         if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
@@ -445,9 +427,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         unread = tokens[:, max(0, P - T) : P]
         for end in range(P, P + max_new_tokens):
             if caches[0].length == T:
-                for cache in caches:
-                    cache.length = 0
-                unread = tokens[:, end - max(1, T // 2) : end]
+                caches, unread = self.new_caches(B), tokens[:, end - max(1, T // 2) : end]
             logits = self.last_logits(self.hidden(unread, caches)[:, -1])
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
@@ -513,9 +493,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
     """
     if step < warmup_steps:
         return max_lr * step / warmup_steps
-    if step >= total_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    progress = 1.0 if step >= total_steps else (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
@@ -534,13 +512,12 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         """Raises ValueError for a file that is no whole number of tokens or shorter than a window."""
         self.path, self.context_length, self.vocab_size = Path(path), context_length, vocab_size
         self.dtype = dtype = np.dtype(dtype).newbyteorder("<")
-        size, need = self.path.stat().st_size, (context_length + 1) * dtype.itemsize
-        if size % dtype.itemsize:
+        count, rest = divmod(size := self.path.stat().st_size, dtype.itemsize)
+        if rest:
             raise ValueError(f"{path}: {size:,} bytes are no whole number of {dtype.name}s; prepare it again")
-        if size < need:
+        if count <= context_length:
             raise ValueError(
-                f"{path}: {size // dtype.itemsize:,} tokens are fewer than a window of context_length + 1 = "
-                f"{context_length + 1:,}; use more text or a smaller context_length"
+                f"{path}: {count:,} tokens are fewer than context_length + 1 = {context_length + 1}"
             )
         self.tokens = np.memmap(self.path, dtype, mode="r")
         self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, context_length + 1)  # no copy
@@ -557,18 +534,15 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         """Window `index` → (x, y), each (T,), int64, y one token ahead of x."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        x, y = self.windows(np.array([index * self.context_length]))
-        return x[0], y[0]
+        return tuple(rows[0] for rows in self.windows(np.array([index * self.context_length])))
 
     def windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """The windows that begin at the tokens `starts` (B,) → (x, y), each (B, T), int64."""
         rows = self.rows[starts]
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
-            raise ValueError(
-                f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}, but the vocabulary has "
-                f"{self.vocab_size} entries; prepare the file again with the tokenizer that meta.json names"
-            )
+            token = f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}"
+            raise ValueError(f"{token}, but the vocabulary has {self.vocab_size} entries; prepare it again")
         tokens = torch.from_numpy(rows.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -605,7 +579,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def replacing(path: str | os.PathLike) -> Iterator:
     """Open a file to write that takes the place of `path` once it is whole and safe on the disk, or never."""
     temporary = Path(f"{path}.tmp")
     try:
@@ -624,18 +598,7 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-class ChecksumWriter:
-    """Passes on what is written to a file, and keeps the CRC-32 of it all."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.flush, self.crc = file, file.flush, 0
-
-    def write(self, data: bytes) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        return self.file.write(data)
-
-
-class CheckpointHandler:  # needs: replacing, ChecksumWriter
+class CheckpointHandler:  # needs: replacing
     """Saves and loads dictionaries of tensors and plain values: whole or not at all; damage is noticed.
 
     A file is what torch.save writes and then its CRC-32, 4 bytes, little-endian, which torch.load ignores.
@@ -647,109 +610,90 @@ class CheckpointHandler:  # needs: replacing, ChecksumWriter
     def save(self, name: str, state: dict) -> None:
         """Write folder/name. Until that is safe on the disk, the old one stays. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # torch's own checksums, one for each tensor, would take as long again as all of this, and miss more.
+        # torch's own checksums, one for each tensor, would take longer than this one, and miss more.
         with replacing(self.folder / name) as file, serialization.patch("save.compute_crc32", False):
-            torch.save(state, writer := ChecksumWriter(file))
-            file.write(writer.crc.to_bytes(4, "little"))
+            torch.save(state, file)
+            file.write(self._crc32(file).to_bytes(4, "little"))
 
     def load(self, name: str, map_location: str | torch.device = "cpu") -> dict:
         """Read folder/name: data, never code. Raises ValueError if damaged, OSError if unreadable."""
-        path, crc = self.folder / name, 0
+        path = self.folder / name
         with open(path, "rb") as file:
-            while block := file.read(2**20):
-                crc = zlib.crc32(block, crc)
-            if crc != 0x2144DF1C:  # what anything followed by its own CRC-32 comes to
+            if self._crc32(file) != 0x2144DF1C:  # what anything followed by its own CRC-32 comes to
                 raise ValueError(f"{path}: damaged, or no checkpoint at all: its checksum is wrong")
             file.seek(0)
             try:
                 return torch.load(file, map_location=map_location, weights_only=True)
             except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
-                reason = (str(problem) or type(problem).__name__).splitlines()[0]
-                raise ValueError(f"{path}: no checkpoint: {reason}") from problem
+                raise ValueError(f"{path}: no checkpoint: {type(problem).__name__}") from problem
+
+    @staticmethod
+    def _crc32(file) -> int:
+        """Of the whole file, which stands at its end then."""
+        file.seek(0)
+        crc = 0
+        while block := file.read(2**18):
+            crc = zlib.crc32(block, crc)
+        return crc
 
 
 # ----------------------------------------------------------------------------------------------- Hugging Face
-LLAMA_SHAPE = {  # fields of config.json, and what ModelConfig calls them
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "context_length",
-    "hidden_size": "d_model",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "d_ff",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-}
+LLAMA_SHAPE = {  # what config.json calls the fields of ModelConfig
+    "vocab_size": "vocab_size", "max_position_embeddings": "context_length", "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+}  # fmt: skip
 LLAMA_KIND = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-# What else config.json may say, besides what is null, false or 0; and what does not change the mathematics.
-LLAMA_REST = {"pretraining_tp": 1, "rope_type": "default"}
-NO_EFFECT = (
-    r"(bos|eos|pad)_token_id|(torch_)?dtype|initializer_range|is_llama_config|use_cache|_name.*|transf.*"
-)
+NO_EFFECT = r"\w+_token_id|(torch_)?dtype|initializer_range|is_llama_config|use_cache|_name.*|transformers.*"
 
 
 def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int | None = None) -> None:
     # needs: replacing, LLAMA_SHAPE, LLAMA_KIND, TransformerLM and its needs
-    """Write config.json, generation_config.json and model.safetensors: transformers' LlamaForCausalLM.
-
-    The weights keep their dtype. Needs the package safetensors. Raises OSError.
-    """
+    """Write a folder that transformers loads as LlamaForCausalLM. Needs safetensors; raises OSError."""
     from safetensors.torch import save_file
 
-    folder, ids = Path(folder), {"bos_token_id": None, "eos_token_id": eos_id}
-    config = LLAMA_KIND | {theirs: getattr(model.config, ours) for theirs, ours in LLAMA_SHAPE.items()} | ids
-    weights = {f"model.{name}": tensor.cpu() for name, tensor in model.state_dict().items()}
-    head = weights.pop("model.lm_head.weight")
-    weights |= {} if model.config.tie_embeddings else {"lm_head.weight": head}
+    folder, config = Path(folder), LLAMA_KIND | {"bos_token_id": None, "eos_token_id": eos_id}
+    config |= {theirs: getattr(model.config, ours) for theirs, ours in LLAMA_SHAPE.items()}
+    weights = {n if n == "lm_head.weight" else f"model.{n}": w.cpu() for n, w in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["lm_head.weight"]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as file:
         save_file(weights, file.name, {"format": "pt"})
-    for name, fields in (("config.json", config), ("generation_config.json", ids)):
-        with replacing(folder / name) as file:
-            file.write(json.dumps(fields, indent=2).encode())
+    with replacing(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode())
 
 
-def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
-    # needs: ModelConfig, LLAMA_SHAPE, LLAMA_KIND, LLAMA_REST, NO_EFFECT
-    """The shape of the Llama in a Hugging Face folder; changes replace fields of it.
+def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
+    # needs: LLAMA_SHAPE, LLAMA_KIND, NO_EFFECT, TransformerLM and its needs
+    """The Llama in a Hugging Face folder, in float32; changes replace fields of its ModelConfig.
 
-    Raises OSError, and ValueError for what TransformerLM does not do: a field of config.json must be known
-    here, or null, false or 0.
+    Needs the package safetensors. Raises OSError, and ValueError for what this model does not do: a field of
+    config.json must be known here, or null, false or 0. Each weight must have its place, and the reverse.
     """
-    path = Path(folder, "config.json")
+    from safetensors import SafetensorError, safe_open
+
+    path, index, weights = Path(folder, "config.json"), Path(folder, "model.safetensors.index.json"), {}
     try:
         fields = {"model_type": "missing", "rope_theta": 10000.0} | json.loads(path.read_text())
         fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
         config = ModelConfig(**{ours: fields.pop(theirs) for theirs, ours in LLAMA_SHAPE.items()} | changes)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{path}: not understood: {type(problem).__name__}: {problem}") from None
-    known = LLAMA_KIND | LLAMA_REST | {"head_dim": config.d_model // config.num_heads}
-    for name, value in fields.items():
-        if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
-            raise ValueError(f"{path}: {name} is {value!r}, which this model does not do")
-    return config
-
-
-def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
-    # needs: TransformerLM and its needs, pretrained_config and its needs
-    """The Llama in a Hugging Face folder, in float32; changes and errors are those of pretrained_config.
-
-    Weights without a place raise ValueError too, and so do places without weights. Needs safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    model, weights = TransformerLM(config := pretrained_config(folder, **changes)), {}
-    index = Path(folder, "model.safetensors.index.json")  # there where the weights are in several files
-    try:
+        known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1}
+        known["head_dim"] = config.d_model // config.num_heads
+        for name, value in fields.items():
+            if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
+                raise ValueError(f"{name} is {value!r} in config.json, which this model does not do")
         places = json.loads(index.read_text())["weight_map"] if index.exists() else {"": "model.safetensors"}
         for name in set(places.values()):
             file = safe_open(Path(folder, name), "pt")  # a memory map: no weight is in memory twice
-            weights |= {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        weights = {key: weight for key, weight in weights.items() if not key.endswith("inv_freq")}  # old RoPE
+            keys = [key for key in file.keys() if not key.endswith("inv_freq")]  # noqa: SIM118 (RoPE of old)
+            weights |= {key.removeprefix("model."): file.get_tensor(key) for key in keys}
         if config.tie_embeddings:
             weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        model = TransformerLM(config)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as problem:
-        raise ValueError(f"{folder}: weights that do not fit: {' '.join(str(problem).split())}") from None
+        reason = f"{problem} is missing" if isinstance(problem, KeyError) else " ".join(str(problem).split())
+        raise ValueError(f"{folder}: {reason}") from None
     return model

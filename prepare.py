@@ -178,7 +178,8 @@ class ByteTokenizer:
         """The same tokenizer as the content of a tokenizer.json."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         model = {"type": "BPE", "vocab": {CHARACTERS[byte]: byte for byte in range(256)}, "merges": []}
-        return json.dumps({"version": "1.0", "pre_tokenizer": level, "decoder": level, "model": model})
+        parts = {"added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
+        return json.dumps({"version": "1.0"} | parts)
 
 
 # In a tokenizer.json each byte is a visible character: itself, or else the next from 256 on (GPT-2, 2019).
@@ -186,10 +187,8 @@ VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BEYOND = itertools.count(256)
 CHARACTERS = {byte: chr(byte if byte in VISIBLE else next(BEYOND)) for byte in range(256)}
 BYTES = {character: byte for byte, character in CHARACTERS.items()}
-# A piece ends where any tokenizer begins a new token, between a word and a space; else where a character ends.
-PIECE = re.compile(
-    rb"(?s).{65536,1048576}?(?<=[0-9A-Za-z])(?=\s)|.{1048576,1048579}(?=[^\x80-\xbf])|.{1048580}"
-)
+# A piece ends between a word and a space, where tokens end in any case; failing that, where a character does.
+PIECE = re.compile(rb"(?s).{65536,1048576}?(?<=[0-9A-Za-z])(?=\s)|.{1048576,1048579}(?=[^\x80-\xbf])")
 
 
 class BPETokenizer(ByteTokenizer):
@@ -236,7 +235,7 @@ class BPETokenizer(ByteTokenizer):
         rest = b""
         for block in blocks:
             rest, end = rest + block, 0
-            for match in PIECE.finditer(rest):
+            while match := PIECE.match(rest, end):
                 end = match.end()
                 yield match[0].decode()
             rest = rest[end:]
@@ -258,12 +257,9 @@ def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    settings = {
-        "special_tokens": ["<|endoftext|>"],
-        "initial_alphabet": sorted(BYTES),
-        "show_progress": False,
-    }
-    tokenizer.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    settings = {"vocab_size": vocab_size, "initial_alphabet": sorted(BYTES), "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=["<|endoftext|>"], **settings)
+    tokenizer.train_from_iterator(pieces, trainer)
     return BPETokenizer(tokenizer.to_str(), 0)
 
 
@@ -272,20 +268,16 @@ def find_tokenizer(path: str) -> BPETokenizer:
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
         text, eos_id = file.read_text(), None
-        for config in (file.with_name("config.json"), file.with_name("generation_config.json")):
-            found = json.loads(config.read_text()).get("eos_token_id") if config.exists() else None
-            eos_id = found if found is not None else eos_id
+        for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
+            if eos_id is None and config.exists():
+                eos_id = json.loads(config.read_text()).get("eos_token_id")
+        vocabulary = json.loads(text)["model"]["vocab"]
+        for name in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"):
+            eos_id = vocabulary.get(name) if eos_id is None else eos_id
         if eos_id is None:
-            names = json.loads(text)["model"]["vocab"]
-            eos_id = next(
-                names[n] for n in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>") if n in names
-            )
+            raise ValueError("which token ends a text? Say so in a config.json beside it, as eos_token_id")
         return BPETokenizer(text, eos_id[0] if isinstance(eos_id, list) else eos_id)
-    except StopIteration:
-        raise ValueError(
-            f"{file}: it does not say which token ends a text; a config.json beside it may"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f"{file}: {problem}") from None
 
 
@@ -304,11 +296,10 @@ def export_tokenizer(tokenizer: ByteTokenizer, folder: str) -> None:
     No end-of-text token is declared, or its name would be found in texts: config.json has its id.
     """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"split_special_tokens": True}
-    for name, text in (
-        ("tokenizer.json", tokenizer.to_json()),
-        ("tokenizer_config.json", json.dumps(config)),
-    ):
+    files = {"tokenizer.json": tokenizer.to_json()}
+    files["tokenizer_config.json"] = json.dumps(config | {"split_special_tokens": True})
+    files["generation_config.json"] = json.dumps({"eos_token_id": tokenizer.eos_id})
+    for name, text in files.items():
         with replacing(Path(folder, name)) as file:
             file.write(text.encode())
 
@@ -412,11 +403,10 @@ class Tally:
             self.digest.update(block)
             if (seconds := time.perf_counter() - self.start) > self.next:
                 self.next = seconds + (1 if self.live else 60)
-                done, rate = sum(self.sizes) / 1e6, sum(self.sizes) / 1e6 / seconds
-                left = max(0, int(self.total / 1e6 / rate - seconds))
-                self.say(
-                    f"{done:,.0f} of {self.total / 1e6:,.0f} MB  {rate:,.1f} MB/s  {left // 60}:{left % 60:02} left"
-                )
+                done, total = sum(self.sizes) / 1e6, self.total / 1e6
+                left = max(0, int(seconds * (total / done - 1)))
+                rate = f"{done / seconds:,.1f} MB/s  {left // 60}:{left % 60:02} left"
+                self.say(f"{done:,.0f} of {total:,.0f} MB  {rate}")
 
     def say(self, line: str) -> None:
         line = f"\r\033[K{line and self.what} {line}" if self.live else f"{self.what} {line}\n"

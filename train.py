@@ -37,7 +37,6 @@ from lm import (
     TransformerLM,
     load_pretrained,
     lr_cosine_schedule,
-    pretrained_config,
     replacing,
 )
 from prepare import (
@@ -617,7 +616,7 @@ def fresh(given: dict) -> TrainConfig:
     config = TrainConfig(**given)
     if not config.init_from:
         return config
-    shape = dataclasses.asdict(pretrained_config(config.init_from))
+    shape = dataclasses.asdict(load_pretrained(config.init_from).config)
     for key in sorted(SHAPE_KEYS & given.keys() - {"dropout"}):
         if given[key] != shape[key] and not (key == "context_length" and given[key] < shape[key]):
             raise ValueError(f"--{key}={given[key]}: the model in {config.init_from} has {shape[key]}")
