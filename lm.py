@@ -1,7 +1,7 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
 Read it from top to bottom: no name is used before it is defined. Each class or function may be copied out on
-its own, with the others that the comment `# needs:` at its head names.
+its own, with the imports and with what the comment `# needs:` at its head names.
 
     tokens (B, T)                     TransformerBlock:  x ─┬─ RMSNorm ─ MultiheadSelfAttention ─┐
       │                                                     └───────────────── + ◄───────────────┘
@@ -87,8 +87,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
         x32 = x.float()  # a sum of squares overflows float16 and has 8 bits in bfloat16
-        rrms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (x32 * rrms * self.weight).type_as(x)
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * scale * self.weight).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
@@ -156,14 +156,14 @@ class KVCache:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(Q Kᵀ / √K) V, where each token sees itself and what came before it.
+    """softmax(q kᵀ / √K) v, where each token sees itself and what came before it.
 
     Each token asks with its query q; the better another's key k answers, the more it gets of its value v.
     q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
-    T, S = q.shape[2], k.shape[2]
-    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)  # or 0
+    T, S = q.shape[2], k.shape[2]  # future: -inf where the key comes after the query, else 0
+    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     scores = (q / math.sqrt(q.shape[3])) @ k.mT + future  # (B, H, T, S)
     return scores.softmax(-1) @ v
 
@@ -183,7 +183,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K features, mixed by a last projection.
 
-    With fewer heads of keys and values than of queries (grouped-query attention), the cache shrinks by H / G.
+    With G < H heads of keys and values (grouped-query attention), the cache is H / G times smaller.
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
@@ -221,7 +221,7 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, rope: RoPE, eps=1e-5, dropout=0.0
+        self, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, rope, eps=1e-5, dropout=0.0
     ):
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, eps)
@@ -299,8 +299,9 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
     V = logits.shape[-1]
     top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
     if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
-        sizes = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
-        raise ValueError(f"{sizes}: they must be at least 0, at least 1, and above 0 up to 1")
+        raise ValueError(
+            f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, at most 1"
+        )
     if temperature == 0:
         return logits.argmax(-1)
     # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
@@ -330,7 +331,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = None  # None: 8/3 · d_model, to a multiple of 8: three such cost as two of 4 · d_model
+    d_ff: int | None = None  # None: 8/3 · d_model, so that three matrices cost as two of 4 · d_model would
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output
@@ -339,10 +340,9 @@ class ModelConfig:
     def __post_init__(self):
         self.num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         self.d_ff = 8 * math.ceil(self.d_model / 3) if self.d_ff is None else self.d_ff
-        sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-        for name in (*sizes, "rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, value in vars(self).items():
+            if name not in ("tie_embeddings", "dropout") and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         for name, divisor in (("d_model", "num_heads"), ("num_heads", "num_kv_heads")):
             if (size := getattr(self, name)) % getattr(self, divisor):
                 raise ValueError(f"{name} is {size}, not a multiple of {divisor}, {getattr(self, divisor)}")
@@ -368,7 +368,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
-            self.embed_tokens.weight = self.lm_head.weight
+            self.embed_tokens.weight = self.lm_head.weight  # the head's initial values serve both
         # 2 · num_layers branches are added: divided by that number's root, the sum does not grow with depth.
         with torch.no_grad():
             for layer in self.layers:
@@ -417,7 +417,7 @@ class TransformerLM(nn.Module):  # needs: everything above
 
         A row that has drawn eos_id repeats it; the stream ends when all have. When the window is full, its
         last half is read again into empty caches. temperature, top_k, top_p: as for sample_token. Raises
-        ValueError, at the first token, for what is out of range. Clone what it yields to train on it.
+        ValueError, at the first token, for what is out of range. These are inference tensors.
         """
         (B, P), T = prompt.shape, self.config.context_length
         if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
@@ -461,17 +461,13 @@ class AdamW(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("step", torch.zeros((), device=group["params"][0].device))
-
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-            group["step"] = t = group["step"] + 1
+            step = group.get("step", torch.zeros((), device=group["params"][0].device))
+            group["step"] = t = step + 1
             decay, rate, correction = 1 - lr * group["weight_decay"], lr / (1 - beta1**t), 1 - beta2**t
             for param in group["params"]:
                 if param.grad is None:
@@ -522,7 +518,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
             )
         self.tokens = np.memmap(self.path, dtype, mode="r")
         self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, context_length + 1)  # no copy
-        self.num_windows = max(1, (len(self.tokens) - context_length) // context_length)
+        self.num_windows = max(1, (count - context_length) // context_length)  # room to shift by up to T - 1
 
     def __reduce__(self):
         # A DataLoader's workers open the file themselves: pickled as it is, the map would be copied whole.
@@ -652,7 +648,7 @@ NO_EFFECT = r"\w+_token_id|(torch_)?dtype|initializer_range|is_llama_config|use_
 def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int | None = None) -> None:
     # needs: replacing, LLAMA_SHAPE, LLAMA_KIND, TransformerLM and its needs
     """Write a folder that transformers loads as LlamaForCausalLM. Needs safetensors; raises OSError."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder, config = Path(folder), LLAMA_KIND | {"bos_token_id": None, "eos_token_id": eos_id}
     config |= {theirs: getattr(model.config, ours) for theirs, ours in LLAMA_SHAPE.items()}
@@ -661,40 +657,48 @@ def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int
         del weights["lm_head.weight"]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as file:
-        save_file(weights, file.name, {"format": "pt"})
+        file.write(save(weights, {"format": "pt"}))
     with replacing(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode())
 
 
-def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
-    # needs: LLAMA_SHAPE, LLAMA_KIND, NO_EFFECT, TransformerLM and its needs
-    """The Llama in a Hugging Face folder, in float32; changes replace fields of its ModelConfig.
+def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
+    # needs: ModelConfig, LLAMA_SHAPE, LLAMA_KIND, NO_EFFECT
+    """The shape of the Llama in a Hugging Face folder, with changes. Raises OSError or ValueError."""
+    path = Path(folder, "config.json")
+    absent = {"model_type": "absent", "rms_norm_eps": 1e-6}  # transformers' default
+    try:
+        fields = absent | json.loads(path.read_text())
+        fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
+        shape = {LLAMA_SHAPE[name]: fields.pop(name) for name in LLAMA_SHAPE.keys() & fields.keys()}
+        config = ModelConfig(**shape | changes)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"{path}: not understood: {problem!r}") from None
+    known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1}
+    known["head_dim"] = config.d_model // config.num_heads
+    for name, value in fields.items():  # each must be known here, or null, false or 0
+        if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
+            raise ValueError(f"{path}: {name} is {value!r}, which this model does not do")
+    return config
 
-    Needs the package safetensors. Raises OSError, and ValueError for what this model does not do: a field of
-    config.json must be known here, or null, false or 0. Each weight must have its place, and the reverse.
-    """
+
+def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
+    # needs: TransformerLM and its needs, pretrained_config and its needs
+    """The Llama in a Hugging Face folder, in float32. Raises OSError or ValueError; needs safetensors."""
     from safetensors import SafetensorError, safe_open
 
-    path, index, weights = Path(folder, "config.json"), Path(folder, "model.safetensors.index.json"), {}
+    model, weights = TransformerLM(pretrained_config(folder, **changes)), {}
+    files, index = {"model.safetensors"}, Path(folder, "model.safetensors.index.json")
     try:
-        fields = {"model_type": "missing", "rope_theta": 10000.0} | json.loads(path.read_text())
-        fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
-        config = ModelConfig(**{ours: fields.pop(theirs) for theirs, ours in LLAMA_SHAPE.items()} | changes)
-        known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1}
-        known["head_dim"] = config.d_model // config.num_heads
-        for name, value in fields.items():
-            if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
-                raise ValueError(f"{name} is {value!r} in config.json, which this model does not do")
-        places = json.loads(index.read_text())["weight_map"] if index.exists() else {"": "model.safetensors"}
-        for name in set(places.values()):
+        if index.exists() and not Path(folder, "model.safetensors").exists():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        for name in files:
             file = safe_open(Path(folder, name), "pt")  # a memory map: no weight is in memory twice
             keys = [key for key in file.keys() if not key.endswith("inv_freq")]  # noqa: SIM118 (RoPE of old)
             weights |= {key.removeprefix("model."): file.get_tensor(key) for key in keys}
-        if config.tie_embeddings:
+        if model.config.tie_embeddings and "embed_tokens.weight" in weights:
             weights["lm_head.weight"] = weights["embed_tokens.weight"]
-        model = TransformerLM(config)
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as problem:
-        reason = f"{problem} is missing" if isinstance(problem, KeyError) else " ".join(str(problem).split())
-        raise ValueError(f"{folder}: {reason}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as problem:
+        raise ValueError(f"{folder}: its weights do not fit: {' '.join(str(problem).split())}") from None
     return model

@@ -26,6 +26,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import timeit
 import types
@@ -102,17 +103,25 @@ def run(main) -> None:
     except BrokenPipeError:  # who reads our output, as `| head` does, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
-    except (ValueError, OSError) as problem:
-        print(f"error: {in_words(problem)}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as problem:  # all but torch and numpy are imported where they are used
-        print(f"error: this needs the package {problem.name}:  pip install {problem.name}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as problem:
+        if isinstance(problem, RuntimeError | MemoryError) and not out_of_memory(problem):
+            raise
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of what shows the progress
+        print(f"{clear}error: {in_words(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def out_of_memory(problem: Exception) -> bool:
+    """Of whichever device: the CPU's allocator raises a RuntimeError."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(problem, kinds) or "allocate memory" in str(problem)
+
+
 def in_words(problem: Exception) -> str:
+    if isinstance(problem, ModuleNotFoundError):  # all but torch and numpy are imported where they are used
+        return f"this needs the package {problem.name}:  pip install {problem.name}"
     where = getattr(problem, "filename", None)
     return f"{where}: {problem.strerror}" if where else str(problem)
 
@@ -197,7 +206,7 @@ class BPETokenizer(ByteTokenizer):
     Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
     """
 
-    def __init__(self, text: str, eos_id: int):
+    def __init__(self, text: str, eos_id: int | None = None):
         """text: of the tokenizer.json. Raises ValueError if it is none, or not of a kind that keeps bytes."""
         import tokenizers
 
@@ -213,12 +222,18 @@ class BPETokenizer(ByteTokenizer):
         self.tokenizer.no_padding()
         names = {token: name for name, token in self.tokenizer.get_vocab().items()}
         self.vocab_size, self.eos_id = max(names) + 1, eos_id
-        if not 0 <= eos_id < self.vocab_size:
-            raise ValueError(f"the end of a text is {eos_id}, but there are {self.vocab_size} tokens")
+        for name in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"):
+            self.eos_id = self.tokenizer.token_to_id(name) if self.eos_id is None else self.eos_id
+        if self.eos_id not in names:
+            raise ValueError(
+                f"its token that ends a text is {self.eos_id}; say so in a config.json beside it"
+            )
         self.start_ids = tuple(self.tokenizer.encode("").ids)  # what it puts before each text: Llama 2's <s>
-        self.spec = {"kind": "bpe", "eos_id": eos_id, "json": text}
+        self.spec = {"kind": "bpe", "eos_id": self.eos_id, "json": text}
         spell = self.spell_bytes if "ByteLevel" in decoder else self.spell_words
         self.table = tuple(spell(names.get(token, "")) for token in range(self.vocab_size))
+        if "ByteLevel" not in decoder:  # then each text that is encoded gets a space before it
+            self.pieces = lambda blocks: filter(None, [b"".join(blocks).decode()])
 
     @staticmethod
     def spell_bytes(name: str) -> bytes:
@@ -271,11 +286,6 @@ def find_tokenizer(path: str) -> BPETokenizer:
         for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
             if eos_id is None and config.exists():
                 eos_id = json.loads(config.read_text()).get("eos_token_id")
-        vocabulary = json.loads(text)["model"]["vocab"]
-        for name in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"):
-            eos_id = vocabulary.get(name) if eos_id is None else eos_id
-        if eos_id is None:
-            raise ValueError("which token ends a text? Say so in a config.json beside it, as eos_token_id")
         return BPETokenizer(text, eos_id[0] if isinstance(eos_id, list) else eos_id)
     except (ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f"{file}: {problem}") from None
@@ -306,6 +316,7 @@ def export_tokenizer(tokenizer: ByteTokenizer, folder: str) -> None:
 
 # -------------------------------------------------------------------------------------------------- Documents
 
+LIBRARY = f"the standard library of Python {platform.python_version()}"
 EXCLUDED = re.compile(  # tables, giant literals, tests, and paths of the machine that built Python
     r"(^|/)(site-packages|dist-packages|tests?|idle_test|encodings|pydoc_data|lib2to3|idlelib|distutils"
     r"|config-[^/]*|__pycache__)/|(^|/)_sysconfigdata"
@@ -326,24 +337,22 @@ def standard_library() -> list[tuple]:
     return [(root / name, 0, (root / name).stat().st_size, held_out[name]) for name in tops]
 
 
-def find_parts(inputs: list[str], val_fraction: float, spool: Path) -> list[tuple]:
+def find_parts(inputs: list[str], val_fraction: float, out: Path, copies: Path) -> list[tuple]:
     """(path, first byte, end, held out?) of each file named and each file in a folder named.
 
     Where there are so few that none is to be held out, the last val_fraction of all their bytes is. What is
-    no file, as standard input, "-", is copied to the file `spool` first. None: documents are counted later.
+    no file, as standard input, "-", is copied to one in `copies` first. None: documents are counted later.
     """
     paths = []
     for path in map(Path, inputs):
-        files = sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
-        paths += files if path.is_dir() else [path]  # nothing hidden, such as .git
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
+        made = [p for p in inside if out.resolve() in p.resolve().parents]  # what an earlier call wrote
+        paths += [p for p in inside if p not in made] if path.is_dir() else [path]  # nothing hidden: .git
     for i, path in enumerate(paths):
         if str(path) == "-" or path.is_fifo():
-            with (
-                sys.stdin.buffer if str(path) == "-" else open(path, "rb") as source,
-                open(spool, "ab") as copy,
-            ):
+            paths[i], opened = copies / f"{i}", (0, False) if str(path) == "-" else (path, True)
+            with open(opened[0], "rb", closefd=opened[1]) as source, open(paths[i], "wb") as copy:
                 shutil.copyfileobj(source, copy, 2**20)
-            paths[i] = spool
     if len(paths) * val_fraction >= 1 or any(path.suffix == ".jsonl" for path in paths):
         return [(path, 0, path.stat().st_size, None) for path in paths]
     parts, sizes = [], [path.stat().st_size for path in paths]
@@ -372,7 +381,7 @@ def read_documents(parts: list[tuple], val_fraction: float) -> Iterator[tuple[Pa
 def read_blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(start)
-        while block := file.read(min(2**20, end - file.tell())):
+        while block := file.read(min(2**18, end - file.tell())):
             yield block
 
 
@@ -380,9 +389,11 @@ def read_lines(path: Path) -> Iterator[list[bytes]]:
     """The field `text` of each line, as a document of one block."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 yield [json.loads(line)["text"].encode()]
-            except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
                 raise ValueError(f'{path}, line {number}: no {{"text": "..."}} ({problem})') from None
 
 
@@ -404,13 +415,17 @@ class Tally:
             if (seconds := time.perf_counter() - self.start) > self.next:
                 self.next = seconds + (1 if self.live else 60)
                 done, total = sum(self.sizes) / 1e6, self.total / 1e6
-                left = max(0, int(seconds * (total / done - 1)))
+                left = max(0, int(seconds * (total / max(done, 1e-6) - 1)))
                 rate = f"{done / seconds:,.1f} MB/s  {left // 60}:{left % 60:02} left"
                 self.say(f"{done:,.0f} of {total:,.0f} MB  {rate}")
 
     def say(self, line: str) -> None:
-        line = f"\r\033[K{line and self.what} {line}" if self.live else f"{self.what} {line}\n"
+        line = f"\r\033[K{self.what} {line}" if self.live else f"{self.what} {line}\n"
         print(line, end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.live and self.next > 1:
+            print(end="\r\033[K", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- Writing
@@ -426,18 +441,6 @@ def read_pieces(parts: list[tuple], val_fraction: float, tokenizer, tally: Tally
             raise ValueError(f"{path}: not UTF-8 ({problem}); --tokenizer=bytes takes any bytes") from None
 
 
-def in_batches(items: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    """Lists of items whose last members are together at least `size` long, but for the last list."""
-    batch, held = [], 0
-    for item in items:
-        batch.append(item)
-        held += len(item[-1])
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    yield batch
-
-
 def prepare(parts: list[tuple], out_dir: str, tokenizer, val_fraction: float, source: str) -> None:
     """Write the documents' tokens to out_dir/train.bin and val.bin, and what they are to out_dir/meta.json.
 
@@ -451,7 +454,8 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, val_fraction: float, so
     tally = Tally("preparing", sum(end - first for _, first, end, _ in parts))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "val.bin") as val, replacing(out / "train.bin") as train:
-        for batch in in_batches(read_pieces(parts, val_fraction, tokenizer, tally), 2**22):
+        pieces = read_pieces(parts, val_fraction, tokenizer, tally)
+        while batch := list(itertools.islice(pieces, 256)):
             encoded = tokenizer.encode_batch([piece for _, _, piece in batch])
             for (held_out, first, _), ids in zip(batch, encoded, strict=True):
                 file = val if held_out else train
@@ -472,15 +476,13 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, val_fraction: float, so
     meta |= {"train_bytes": sizes[0], "val_bytes": sizes[1], "source": source}
     with replacing(out / "meta.json") as file:
         file.write(json.dumps(meta | {"sha256": tally.digest.hexdigest()}, indent=2).encode() + b"\n")
-    if tally.live and tally.next > 1:
-        tally.say("")
+    tally.close()
     print(f"{out}: {tokens[0]:,} tokens to train on, {tokens[1]:,} to validate with, from {source}")
 
 
 def prepare_default(out_dir: str, tokenizer=None) -> None:
     """Prepare the corpus that needs no download: the standard library of the Python that runs this."""
-    source = f"the standard library of Python {platform.python_version()}"
-    prepare(standard_library(), out_dir, tokenizer or ByteTokenizer(), 0.1, source)
+    prepare(standard_library(), out_dir, tokenizer or ByteTokenizer(), 0.1, LIBRARY)
 
 
 def load_meta(data_dir: str) -> dict:
@@ -501,10 +503,9 @@ def load_meta(data_dir: str) -> dict:
             if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer"].pop("sha256"):
                 raise ValueError("tokenizer.json is another than the tokens were made with")
             meta["tokenizer"]["json"] = text
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: not there; make it:  python prepare.py TEXT --out_dir={data_dir}"
-        ) from None
+    except FileNotFoundError as problem:
+        command = f"python prepare.py TEXT --out_dir={data_dir}"
+        raise ValueError(f"{problem.filename}: not there; make it:  {command}") from None
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(
             f"{path}: damaged ({type(problem).__name__}: {problem}); prepare the data again"
@@ -530,25 +531,24 @@ def make_tokenizer(c: PrepareConfig, parts: list[tuple]) -> ByteTokenizer:
         return ByteTokenizer() if c.tokenizer == "bytes" else find_tokenizer(c.tokenizer)
     tally = Tally("learning tokens from", sum(end - first for _, first, end, _ in parts))
     pieces = read_pieces(parts, c.val_fraction, BPETokenizer, tally)
-    return train_tokenizer((piece for held_out, _, piece in pieces if not held_out), c.vocab_size or 4096)
+    learned = (piece for held_out, _, piece in pieces if not held_out)
+    tokenizer = train_tokenizer(learned, 4096 if c.vocab_size is None else c.vocab_size)
+    tally.close()
+    return tokenizer
 
 
 def main(argv: list[str]) -> None:
     c = PrepareConfig(**parse_args(PrepareConfig, argv, __doc__))
     if not 0 < c.val_fraction < 1:
         raise ValueError(f"--val_fraction={c.val_fraction}: must be above 0 and below 1")
-    source, spool = (
-        f"the standard library of Python {platform.python_version()}",
-        Path(c.out_dir, "input.tmp"),
-    )
+    out, source = Path(c.out_dir), LIBRARY
     if c.inputs:
         source = " ".join("standard input" if name == "-" else name for name in c.inputs)
-    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        parts = find_parts(c.inputs, c.val_fraction, spool) if c.inputs else standard_library()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as copies:
+        library = not c.inputs
+        parts = standard_library() if library else find_parts(c.inputs, c.val_fraction, out, Path(copies))
         prepare(parts, c.out_dir, make_tokenizer(c, parts), c.val_fraction, source)
-    finally:
-        spool.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

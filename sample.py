@@ -80,8 +80,9 @@ def speak(model: TransformerLM, tokenizer: ByteTokenizer, prompt: bytes, c: Samp
     for i in range(c.num_samples):
         print("\n---" if i else "", shown, sep="\n" if i else "", end="", flush=True)
         stream = model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
-        ids = (token.item() for token in stream)
-        for count, piece in enumerate(tokenizer.decode(i for i in ids if i != tokenizer.eos_id)):  # noqa: B007
+        drawn = (token.item() for token in stream)
+        text = tokenizer.decode(token for token in drawn if token != tokenizer.eos_id)
+        for count, piece in enumerate(text):  # noqa: B007
             print(piece, end="", flush=True)
         made += count  # and not one more: the last piece is the end of what was held back
         print()
@@ -92,8 +93,8 @@ def speak(model: TransformerLM, tokenizer: ByteTokenizer, prompt: bytes, c: Samp
 def main(argv: list[str]) -> None:
     c = SampleConfig(**parse_args(SampleConfig, argv, __doc__))
     for name in ("max_new_tokens", "num_samples", "seed"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"--{name}={getattr(c, name)}: must be at least 0")
+        if not 0 <= getattr(c, name) < 2**63:
+            raise ValueError(f"--{name}={getattr(c, name)}: must be at least 0 and below {2**63}")
     model, tokenizer = load_model(c.checkpoint)
     if c.export:
         save_pretrained(model, c.export, tokenizer.eos_id)

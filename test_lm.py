@@ -771,7 +771,7 @@ def test_transformers_loads_what_we_save_and_we_load_what_it_saves_in_shards_of_
         ("hidden_size", "wide"),
         ("num_attention_heads", 3),
         ("model_type", None),
-        ("rms_norm_eps", None),
+        ("hidden_size", None),
     ],
 )
 def test_what_the_model_does_not_do_is_refused_by_name_and_never_loaded_wrong(tmp_path, field, value):
@@ -781,9 +781,30 @@ def test_what_the_model_does_not_do_is_refused_by_name_and_never_loaded_wrong(tm
     fields = json.loads(path.read_text()) | {field: value}
     path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
     named = {"rope_parameters": "rope_type is 'yarn'", "hidden_size": "not supported between|str"}
+    named["hidden_size"] += "|missing .* 'd_model'"
     named |= {"num_attention_heads": "not a multiple of num_heads, 3", "model_type": "model_type is '"}
     with pytest.raises(ValueError, match=named.get(field, field)):
         lm.load_pretrained(tmp_path)
+
+
+def test_what_config_json_may_leave_out_is_as_transformers_has_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    lm.save_pretrained(tiny(), tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    optional = ("num_key_value_heads", "rope_theta", "rms_norm_eps", "tie_word_embeddings")
+    fields |= {
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "torch_dtype": "bfloat16",
+        "pad_token_id": 2,
+    }
+    fields |= {"transformers.js_config": {"dtype": "q4"}, "rope_scaling": None, "_name_or_path": "a/b"}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in optional}))
+    tokens = torch.randint(61, (1, 16))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    close(lm.load_pretrained(tmp_path)(tokens), theirs(tokens).logits)
+    assert lm.pretrained_config(tmp_path).norm_eps == theirs.config.rms_norm_eps == 1e-6
 
 
 def test_weights_that_are_missing_too_many_misshapen_or_damaged_are_refused(tmp_path):
@@ -1106,6 +1127,9 @@ def test_a_tokenizer_of_words_and_byte_fallback_is_spelled_as_its_own_decoder_do
     assert ours.eos_id == 2 and ours.start_ids == (1,)
     ids = ours.encode("wall é\n".encode()).tolist()
     assert "".join(ours.decode(ids)) == " wall é\n" and llama.decode(ids) == "wall é\n"
+    long = "wall a " * 30_000  # in one piece, for each gets a space before it
+    (tokens,) = ours.encode_batch(list(ours.pieces([long[:99].encode(), long[99:].encode()])))
+    assert tokens.tolist() == llama.encode(long, add_special_tokens=False).ids
     prepare.main(["text.txt", "--tokenizer=.", "--out_dir=data"])
     assert np.fromfile("data/train.bin", "<u2")[0] == 1  # each document begins as the model has learned
 
@@ -1167,7 +1191,7 @@ SMALL += ["--device=cpu", "--dtype=float32", "--max_lr=1e-2", "--eval_interval=4
 def manager(*args, **kwargs) -> train.TrainManager:
     given = prepare.parse_args(train.TrainConfig, [*SMALL, *args], "")
     config, meta = train.TrainConfig(**given), prepare.load_meta("data")
-    train.settle(config, meta)
+    train.resolve(config, meta)
     return train.TrainManager(config, meta, **kwargs)
 
 
@@ -1227,7 +1251,7 @@ def test_a_run_interrupted_at_any_update_and_resumed_equals_the_uninterrupted_on
 def test_resuming_takes_the_runs_keys_and_refuses_those_that_shape_it(folder):
     train.main([*SMALL, "--max_steps=2"])
     for arg in ("--d_model=32", "--batch_size=4", "--seed=1"):
-        with pytest.raises(ValueError, match=f"{arg}: the run in out has"):
+        with pytest.raises(ValueError, match=f"{arg}: resuming keeps what the run in out has"):
             train.main(["--resume=True", arg])
     train.main(["--resume=True", "--max_steps=4", "--max_lr=0.5", "--d_model=16", "--device=cpu"])
     state = CheckpointHandler("out").load("last.pt")
@@ -1371,12 +1395,13 @@ def test_the_losses_are_drawn_where_matplotlib_is_installed(folder, monkeypatch)
     [
         ("wandb", train, ["--wandb_project=x", "--device=cpu"]),
         ("tokenizers", prepare, ["text.txt", "--tokenizer=bpe"]),
-        ("safetensors", train, ["--init_from=llama"]),
+        ("safetensors", sample, ["--checkpoint=llama"]),
     ],
 )
 def test_a_missing_package_is_one_error_that_says_what_to_install(
     folder, monkeypatch, capsys, module, script, words
 ):
+    lm.save_pretrained(tiny(), "llama")
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     monkeypatch.setattr(sys, "argv", ["script", *words])
     with pytest.raises(SystemExit) as stop:
@@ -1650,10 +1675,10 @@ def test_what_processes_cannot_share_is_refused_with_the_numbers(folder, monkeyp
         train.main([*SMALL, "--fsdp=True"])
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match="--batch_size=8: does not divide among 3 processes; 9 would"):
-        train.set_up({"batch_size": 8, "device": "cpu", "dtype": "float32"})
+    with pytest.raises(ValueError, match="--batch_size=8: not to share among 3 processes; 9 is"):
+        train.find_run({"batch_size": 8, "device": "cpu", "dtype": "float32"})
     with pytest.raises(ValueError, match="--fsdp=True: needs --dtype=bfloat16 or float32"):
-        train.set_up({"batch_size": 9, "device": "cpu", "dtype": "float16", "fsdp": True})
+        train.find_run({"batch_size": 9, "device": "cpu", "dtype": "float16", "fsdp": True})
 
 
 def test_resume_auto_starts_a_run_and_goes_on_with_it(folder):
@@ -1768,7 +1793,9 @@ def test_an_exported_model_speaks_in_transformers_and_can_be_tuned_further(folde
         with pytest.raises(ValueError, match=r"prepare\.py TEXT --tokenizer=llama --out_dir=data"):
             train.main(tune)
         prepare.main(["text.txt", "--tokenizer=llama"])
-    before = train.TrainManager(train.fresh({"init_from": "llama"}), prepare.load_meta("data")).evaluate()[0]
+    before = train.TrainManager(
+        train.new_config({"init_from": "llama"}), prepare.load_meta("data")
+    ).evaluate()[0]
     train.main([*tune, "--max_steps=20", "--max_lr=1e-3", "--eval_interval=10"])
     lines = [line for line in metrics("tuned") if "val_loss" in line]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] < before
@@ -2099,7 +2126,7 @@ def test_any_sampling_settings_draw_a_token_or_are_refused(logits, temperature, 
         token = sample_token(torch.tensor([logits]), temperature, top_k, top_p)
         assert token.shape == (1,) and 0 <= token < len(logits)
     except ValueError as problem:
-        assert "they must be" in str(problem)
+        assert "must be at least 0" in str(problem)
 
 
 SHAPES = {
@@ -2166,7 +2193,7 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_its_floor(warmup, rest, pea
 
 def test_the_readmes_twenty_lines_print_what_they_promise(tmp_path, capsys):
     code, promised = re.search(
-        r"```python\n(.*?)```\n\nIt prints\n\n```\n(.*?)```", README, re.DOTALL
+        r"```python\n((?:(?!```).)*)```\n\nIt prints\n\n```\n(.*?)```", README, re.DOTALL
     ).groups()
     (tmp_path / "twenty.py").write_text(code)
     runpy.run_path(str(tmp_path / "twenty.py"))
@@ -2192,12 +2219,54 @@ def test_the_readmes_commands_run(folder, capsys):
     assert len(commands) >= 6
     Path("mytext.txt").write_text(TEXT)
     Path("shakespeare.txt").write_text(TEXT)
+    lm.save_pretrained(tiny(vocab_size=400, context_length=64), "smollm2", 0)  # in place of the download
+    prepare.export_tokenizer(prepare.train_tokenizer([TEXT], 400), "smollm2")
     for script, arguments in commands:
         words = shlex.split(arguments)
         if script == "train" and "--resume=True" not in words:
-            words += short
+            fixed = ("--d_model", "--num_layers") if "--init_from" in arguments else ()
+            words += [word for word in short if not word.startswith(fixed)]
         {"prepare": prepare, "train": train, "sample": sample}[script].main(words)
     assert "sample more" in capsys.readouterr().out
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (loads,) = (block for block in blocks if "llama-mine" in block)
+    Path("loads.py").write_text(loads)
+    runpy.run_path("loads.py")
+    assert capsys.readouterr().out.startswith("Once ")
+    (compares,) = (block for block in blocks if "same-model" in block)
+    Path("compares.py").write_text(
+        compares.replace("rounds = torch.bfloat16, 20", "rounds = torch.bfloat16, 1")
+    )
+    runpy.run_path("compares.py")
+    assert re.fullmatch(r"step {'lm.py': '.* ms'}\ngenerate {'lm.py': '.* ms'}\n", capsys.readouterr().out)
+
+
+def exercises():
+    """[(lines that go, lines that come)] of each diff in the README."""
+    diffs = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    return [
+        [(m[1], m[2]) for m in re.finditer(r"((?:^-.*\n)+)((?:^\+.*\n)*)", diff, re.MULTILINE)]
+        for diff in diffs
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_readmes_exercises_fit_lm_and_change_what_it_computes(tmp_path, number):
+    source = (ROOT / "lm.py").read_text()
+    changed = source
+    for gone, new in exercises()[number]:
+        gone, new = (re.sub("^[-+]", "", text, flags=re.MULTILINE) for text in (gone, new))
+        assert changed.count(gone) == 1, gone
+        changed = changed.replace(gone, new)
+    (tmp_path / "changed.py").write_text(changed)
+    results = []
+    for path in (ROOT / "lm.py", tmp_path / "changed.py"):
+        module = runpy.run_path(str(path))
+        torch.manual_seed(0)
+        model = module["TransformerLM"](module["ModelConfig"](61, 16, 32, 2, 4))
+        loss = model.loss(torch.arange(16)[None], torch.arange(1, 17)[None]).item()
+        results.append((loss, module["lr_cosine_schedule"](3, 1.0, 0.0, 10, 100)))
+    assert results[0] != results[1] and all(map(math.isfinite, results[1]))
 
 
 def test_the_readmes_guide_has_the_sections_of_lm_and_their_lines():

@@ -37,6 +37,7 @@ from lm import (
     TransformerLM,
     load_pretrained,
     lr_cosine_schedule,
+    pretrained_config,
     replacing,
 )
 from prepare import (
@@ -45,6 +46,7 @@ from prepare import (
     in_words,
     load_meta,
     load_tokenizer,
+    out_of_memory,
     parse_args,
     pick_device,
     prepare_default,
@@ -99,26 +101,25 @@ class TrainConfig:
     timeout: int = 600  # under torchrun: seconds after which a process that is silent counts as dead
 
     def __post_init__(self):
+        if self.max_lr is None:
+            self.max_lr = 1e-4 if self.init_from else 3e-3
+        if self.warmup_steps is None:
+            self.warmup_steps = self.max_steps // 20
         counts = ("max_steps", "batch_size", "log_interval", "eval_interval", "checkpoint_interval")
         limits = dict.fromkeys((*counts, "micro_batch_size", "timeout"), (1, 2**63))
         limits |= dict.fromkeys(("warmup_steps", "eval_tokens", "seed"), (0, 2**63))
         limits |= {"beta1": (0, 1), "beta2": (0, 1), "weight_decay": (0, math.inf), "min_lr": (0, math.inf)}
-        limits |= {"max_lr": (5e-324, math.inf), "grad_clip": (5e-324, math.inf)}  # above 0
         for name, (low, high) in limits.items():
             if (value := getattr(self, name)) is not None and not low <= value < high:
-                least = "above 0" if low == 5e-324 else f"at least {low}"
-                raise ValueError(f"--{name}={value}: must be {least} and below {high}")
-        if self.max_lr is None:
-            self.max_lr = 1e-4 if self.init_from else 3e-3
+                raise ValueError(f"--{name}={value}: must be at least {low} and below {high}")
+        for name in ("max_lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
-        if self.warmup_steps is None:
-            self.warmup_steps = self.max_steps // 20
 
     def model(self) -> ModelConfig:
-        return ModelConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
-        )
+        return ModelConfig(**{key: getattr(self, key) for key in SHAPE_KEYS})
 
 
 # Of a resumed run: what is taken from the command line alone, and what must stay as it was.
@@ -381,9 +382,9 @@ class TrainManager:
     def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
         """A fresh run, or the one that the checkpoint `state` holds."""
         c, self.config, self.meta = config, config, meta
-        self.rank, self.world_size = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
+        self.rank, self.world_size = 0, 1
+        if dist.is_initialized():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.tokenizer = load_tokenizer(meta["tokenizer"])
         if c.device.startswith("cuda") and self.world_size > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -416,10 +417,8 @@ class TrainManager:
         c, path = self.config, Path(self.config.data_dir, f"{split}.bin")
         data = MemmapTokenDataset(path, c.context_length, self.meta["dtype"], c.vocab_size)
         if len(data.tokens) != self.meta[f"{split}_tokens"]:
-            stated = f"{self.meta[f'{split}_tokens']:,} of type {self.meta['dtype']}"
-            raise ValueError(
-                f"{path}: {len(data.tokens):,} tokens, but meta.json says {stated}; prepare it again"
-            )
+            stated = f"meta.json says {self.meta[f'{split}_tokens']:,} of type {self.meta['dtype']}"
+            raise ValueError(f"{path}: {len(data.tokens):,} tokens, but {stated}; prepare it again")
         data.windows(np.arange(min(len(data), 4096)) * c.context_length)  # a cheap look for ids out of range
         return data
 
@@ -499,7 +498,8 @@ class TrainManager:
 
     def sample(self, max_new_tokens: int) -> str:
         """Text from the model as it is, drawn from the same seed each time."""
-        prompt = torch.tensor(self.tokenizer.encode(b"\n").astype(np.int64)[None], device=self.device)
+        ids = [*self.tokenizer.start_ids, *self.tokenizer.encode(b"\n").tolist()]
+        prompt = torch.tensor([ids], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         if self.config.fsdp:
             self.model.unshard()  # what is outside of the blocks; they do so themselves
@@ -587,7 +587,7 @@ class TrainManager:
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def resumed(given: dict) -> tuple[TrainConfig, dict]:
+def resume_run(given: dict) -> tuple[TrainConfig, dict]:
     """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     checkpoints, last, prev = CheckpointHandler(out_dir), Path(out_dir, "last.pt"), Path(out_dir, "prev.pt")
@@ -606,26 +606,26 @@ def resumed(given: dict) -> tuple[TrainConfig, dict]:
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
             raise ValueError(
-                f"--{key}={given[key]}: the run in {out_dir} has {saved[key]}, and resuming keeps it"
+                f"--{key}={given[key]}: resuming keeps what the run in {out_dir} has, {saved[key]}"
             )
     return TrainConfig(**saved | given), state
 
 
-def fresh(given: dict) -> TrainConfig:
+def new_config(given: dict) -> TrainConfig:
     """The config of a fresh run: the given keys, and where it fine-tunes a model, that model's shape."""
     config = TrainConfig(**given)
     if not config.init_from:
         return config
-    shape = dataclasses.asdict(load_pretrained(config.init_from).config)
+    shape = dataclasses.asdict(pretrained_config(config.init_from))
     for key in sorted(SHAPE_KEYS & given.keys() - {"dropout"}):
         if given[key] != shape[key] and not (key == "context_length" and given[key] < shape[key]):
             raise ValueError(f"--{key}={given[key]}: the model in {config.init_from} has {shape[key]}")
     return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
 
 
-def start(given: dict) -> TrainConfig:
+def new_run(given: dict) -> TrainConfig:
     """The config of a fresh run, in a folder that holds none yet."""
-    config = fresh(given)
+    config = new_config(given)
     if any(Path(config.out_dir, name).exists() for name in ("last.pt", "prev.pt")):
         raise ValueError(
             f"{config.out_dir} holds a run already; go on with it:  python train.py --resume=True "
@@ -648,7 +648,7 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def settle(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
+def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     """Put in c what "auto" and None become here: checkpoints and metrics.jsonl record it."""
     c.vocab_size = c.vocab_size or meta["vocab_size"]
     if c.vocab_size < meta["vocab_size"]:
@@ -656,52 +656,49 @@ def settle(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     c.model()  # refuses what cannot be, before anything is read
     device, dtype = pick_device(c.device, c.dtype)
     c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
-    c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
     if c.wandb_project:
         importlib.import_module("wandb")  # if it is missing, that is an error now
     if c.batch_size % world_size:
         least = math.ceil(c.batch_size / world_size) * world_size
         raise ValueError(
-            f"--batch_size={c.batch_size}: does not divide among {world_size} processes; {least} would"
+            f"--batch_size={c.batch_size}: not to share among {world_size} processes; {least} is"
         )
-    if not c.fsdp:
-        return
-    if not dist.is_initialized() and not c.dry_run:
+    if c.fsdp and not dist.is_initialized() and not c.dry_run:
         raise ValueError(
             "--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py ..."
         )
-    if c.dtype == "float16":
+    if c.fsdp and c.dtype == "float16":
         raise ValueError(
-            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 would need a scaler of its own"
+            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 has a scaler of its own there"
         )
+    c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
 
 
-def set_up(given: dict) -> tuple[TrainConfig, dict, dict | None]:
+def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
     """The config, the data's meta.json, and the checkpoint of the run to go on with, if there is one."""
     again = given.get("resume", TrainConfig.resume)
     if again == "auto":
         folder = Path(given.get("out_dir", TrainConfig.out_dir))
         again = any((folder / name).exists() for name in ("last.pt", "prev.pt"))
-    config, state = resumed(given) if again else (start(given), None)
+    config, state = resume_run(given) if again else (new_run(given), None)
     meta = load_meta(config.data_dir)
-    settle(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
+    resolve(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
+    data, model = f"--data_dir={config.data_dir}", config.init_from
     if state and state["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(
-            f"--data_dir={config.data_dir}: not the tokenizer that the run in {config.out_dir} has"
-        )
-    if config.init_from and not state and find_tokenizer(config.init_from).spec != meta["tokenizer"]:
-        again = f"python prepare.py TEXT --tokenizer={config.init_from} --out_dir={config.data_dir}"
-        raise ValueError(
-            f"--data_dir={config.data_dir}: not in the tokens of the model; prepare it:  {again}"
-        )
+        raise ValueError(f"{data}: not the tokenizer that the run in {config.out_dir} has")
+    if model and not state and find_tokenizer(model).spec != meta["tokenizer"]:
+        command = f"python prepare.py TEXT --tokenizer={model} --out_dir={config.data_dir}"
+        raise ValueError(f"{data}: not in the tokens of {model}; prepare it again:  {command}")
     return config, meta, state
 
 
 def plan(given: dict) -> str:
     """What a run would take, for as many processes as the environment's WORLD_SIZE says; nothing is begun."""
-    config, world_size = fresh(given), int(os.environ.get("WORLD_SIZE", 1))
+    if given.get("resume"):
+        raise ValueError("--dry_run=True: plans a new run; leave out --resume")
+    config, world_size = new_config(given), int(os.environ.get("WORLD_SIZE", 1))
     meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
-    settle(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
+    resolve(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
     return describe(config, meta, world_size)
 
 
@@ -711,7 +708,7 @@ def main(argv: list[str]) -> None:
         print(plan(given))
         return
     join_processes(given.get("timeout", TrainConfig.timeout))
-    config, meta, state = from_first(lambda: set_up(given))
+    config, meta, state = from_first(lambda: find_run(given))
     try:
         manager = TrainManager(config, meta, state)
         del state  # as large as the model and its optimizer
@@ -719,17 +716,16 @@ def main(argv: list[str]) -> None:
         if dist.is_initialized():
             dist.barrier()  # who leaves early would look dead to the others
     except (RuntimeError, MemoryError) as problem:
-        if (words := explained(problem, config)) is None:
+        if (words := explain(problem, config)) is None:
             raise
         raise ValueError(words) from None
     if status:
         sys.exit(status)
 
 
-def explained(problem: Exception, c: TrainConfig) -> str | None:
+def explain(problem: Exception, c: TrainConfig) -> str | None:
     """What happened and what to do, where torch's own words do not say it."""
-    memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
-    if memory:  # the CPU's allocator raises a RuntimeError
+    if out_of_memory(problem):
         keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
         values = ", ".join(f"--{key}={getattr(c, key)}" for key in keys)
         return f"out of memory on {c.device}; lower one of {values}"
