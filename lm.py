@@ -220,9 +220,7 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
     """
 
-    def __init__(
-        self, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, rope, eps=1e-5, dropout=0.0
-    ):
+    def __init__(self, d_model, num_heads, num_kv_heads, d_ff, rope: RoPE, eps=1e-5, dropout=0.0):
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, eps)
         self.self_attn = MultiheadSelfAttention(d_model, num_heads, num_kv_heads, rope)
@@ -299,9 +297,7 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
     V = logits.shape[-1]
     top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
     if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
-        raise ValueError(
-            f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, at most 1"
-        )
+        raise ValueError(f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, up to 1")
     if temperature == 0:
         return logits.argmax(-1)
     # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
@@ -417,7 +413,7 @@ class TransformerLM(nn.Module):  # needs: everything above
 
         A row that has drawn eos_id repeats it; the stream ends when all have. When the window is full, its
         last half is read again into empty caches. temperature, top_k, top_p: as for sample_token. Raises
-        ValueError, at the first token, for what is out of range. These are inference tensors.
+        ValueError, at the first token, for what is out of range. The tokens are inference tensors.
         """
         (B, P), T = prompt.shape, self.config.context_length
         if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
@@ -626,7 +622,7 @@ class CheckpointHandler:  # needs: replacing
 
     @staticmethod
     def _crc32(file) -> int:
-        """Of the whole file, which stands at its end then."""
+        """The CRC-32 of the whole file, which then stands at its end."""
         file.seek(0)
         crc = 0
         while block := file.read(2**18):

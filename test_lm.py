@@ -428,6 +428,10 @@ def test_temperature_top_k_and_top_p_on_distributions_worked_by_hand(settings, e
         assert (a == 0) == (b == 0) and abs(a - b) < 4 * math.sqrt(0.25 / 4000)
 
 
+def test_top_p_that_the_likeliest_reach_exactly_keeps_no_more():
+    assert len(set(sample_token(torch.zeros(100, 2), top_p=0.5).tolist())) == 1
+
+
 def test_top_k_keeps_exactly_k_of_tied_tokens():
     assert sum(f > 0 for f in drawn([0.1] * 10, top_k=3)) == 3
 
@@ -462,6 +466,16 @@ def test_cached_logits_are_the_full_forwards_at_every_position(chunks):
     close(torch.cat(pieces, 1), model(tokens))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [61, 62])
+def test_the_last_positions_meet_the_same_head_as_all_others(vocab_size, dtype):
+    model, x = tiny(vocab_size=vocab_size).to(dtype), torch.randn(3, 32, dtype=dtype)
+    for rows in (x, x[:1]):
+        actual, expected = model.last_logits(rows), model.lm_head(rows)
+        close(actual, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+        assert actual.shape == expected.shape and actual.is_contiguous()
+
+
 def test_generation_past_the_window_is_the_argmax_of_full_forwards():
     model, T = tiny(tie_embeddings=True).eval(), 16
     with torch.no_grad():
@@ -479,11 +493,13 @@ def test_generation_past_the_window_is_the_argmax_of_full_forwards():
 
 
 def test_a_prompt_longer_than_the_window_keeps_its_end():
-    model, prompt = tiny().eval(), torch.randint(61, (1, 40))
-    assert torch.equal(
-        model.generate(prompt, 3, temperature=0)[:, 40:],
-        model.generate(prompt[:, -16:], 3, temperature=0)[:, 16:],
-    )
+    model, prompt = tiny().eval(), torch.randint(61, (64, 40))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)  # a fresh model looks at little but the last token
+        expected = [model(prompt[:, -T:])[:, -1].argmax(-1) for T in (16, 15)]
+    assert torch.equal(model.generate(prompt, 1, temperature=0)[:, -1], expected[0])
+    assert not torch.equal(*expected)  # the whole window counts
 
 
 def test_the_same_generator_seed_draws_the_same_tokens_and_no_global_state_is_touched():
@@ -823,6 +839,17 @@ def test_weights_that_are_missing_too_many_misshapen_or_damaged_are_refused(tmp_
             lm.load_pretrained(tmp_path)
     safetensors.save_file(good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
     lm.load_pretrained(tmp_path)  # what Llama 2 keeps of RoPE is computed here
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "of-old.safetensors"}}')
+    lm.load_pretrained(tmp_path)  # the whole file is the later one, as transformers sees it too
+    path.rename(tmp_path / "of-old.safetensors")
+    lm.load_pretrained(tmp_path)
+    for damage in ("{}", "[]", '{"weight_map": null}', "no json"):
+        index.write_text(damage)
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            lm.load_pretrained(tmp_path)
+    (tmp_path / "of-old.safetensors").rename(path)
+    index.unlink()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=str(tmp_path)):
         lm.load_pretrained(tmp_path)
@@ -1130,8 +1157,11 @@ def test_a_tokenizer_of_words_and_byte_fallback_is_spelled_as_its_own_decoder_do
     long = "wall a " * 30_000  # in one piece, for each gets a space before it
     (tokens,) = ours.encode_batch(list(ours.pieces([long[:99].encode(), long[99:].encode()])))
     assert tokens.tolist() == llama.encode(long, add_special_tokens=False).ids
-    prepare.main(["text.txt", "--tokenizer=.", "--out_dir=data"])
-    assert np.fromfile("data/train.bin", "<u2")[0] == 1  # each document begins as the model has learned
+    Path("two.jsonl").write_text('{"text": "wa"}\n' * 3)
+    prepare.main(["two.jsonl", "--tokenizer=.", "--val_fraction=0.4"])
+    wa = names.index("▁wa")  # each document begins and ends as the model has learned
+    assert np.fromfile("data/train.bin", "<u2").tolist() == [1, wa, 2, 1, wa]
+    assert np.fromfile("data/val.bin", "<u2").tolist() == [1, wa]
 
 
 def test_each_line_of_a_jsonl_file_is_a_document(folder):
@@ -1747,6 +1777,16 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
     assert re.search(r"^\d tokens, [\d,]+ tokens/s$", capsys.readouterr().err, re.MULTILINE)
 
 
+def test_a_sample_ends_where_a_document_does_and_does_not_show_its_end(folder, monkeypatch, capsys):
+    train.main([*SMALL, "--max_steps=1"])
+    capsys.readouterr()
+    drawn = [torch.tensor([token]) for token in (*b" of", prepare.ByteTokenizer.eos_id)]
+    monkeypatch.setattr(TransformerLM, "stream", lambda *args, **kwargs: iter(drawn))
+    sample.main(["--prompt=wall", "--device=cpu"])
+    printed = capsys.readouterr()
+    assert printed.out == "wall of\n" and printed.err.startswith("3 tokens, ")
+
+
 def test_on_a_terminal_sampling_asks_for_prompts_until_the_input_ends(folder, monkeypatch, capsys):
     train.main([*SMALL, "--max_steps=1"])
     capsys.readouterr()
@@ -1793,9 +1833,10 @@ def test_an_exported_model_speaks_in_transformers_and_can_be_tuned_further(folde
         with pytest.raises(ValueError, match=r"prepare\.py TEXT --tokenizer=llama --out_dir=data"):
             train.main(tune)
         prepare.main(["text.txt", "--tokenizer=llama"])
-    before = train.TrainManager(
-        train.new_config({"init_from": "llama"}), prepare.load_meta("data")
-    ).evaluate()[0]
+    assert train.new_config({"init_from": "llama", "context_length": 8}).context_length == 8
+    config = train.new_config({"init_from": "llama"})
+    before = train.TrainManager(config, prepare.load_meta("data")).evaluate()[0]
+    assert before < 0.8 * math.log(config.vocab_size)  # what the model knew
     train.main([*tune, "--max_steps=20", "--max_lr=1e-3", "--eval_interval=10"])
     lines = [line for line in metrics("tuned") if "val_loss" in line]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] < before

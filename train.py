@@ -3,6 +3,7 @@
 python train.py                                # a default model on Python's standard library, in minutes
 python train.py --data_dir=data-notes --out_dir=out-notes --max_steps=5000
 python train.py --resume=True                  # go on from out/last.pt
+python train.py --init_from=FOLDER --data_dir=data-mine --out_dir=out-mine    # fine-tune a Hugging Face Llama
 torchrun --standalone --nproc_per_node=8 train.py --resume=auto    # the same run, on eight GPUs
 """
 
