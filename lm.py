@@ -614,11 +614,10 @@ class CheckpointHandler:  # needs: replacing
         with open(path, "rb") as file:
             if self._crc32(file) != 0x2144DF1C:  # what anything followed by its own CRC-32 comes to
                 raise ValueError(f"{path}: damaged, or no checkpoint at all: its checksum is wrong")
-            file.seek(0)
-            try:
-                return torch.load(file, map_location=map_location, weights_only=True)
-            except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
-                raise ValueError(f"{path}: no checkpoint: {type(problem).__name__}") from problem
+        try:  # mapped, so that no tensor is copied before it is used
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
+            raise ValueError(f"{path}: no checkpoint: {type(problem).__name__}") from problem
 
     @staticmethod
     def _crc32(file) -> int:

@@ -429,6 +429,8 @@ class TrainManager:
         full.set_model_state_dict(self.model, state.get("model", {}), options=options)
         groups = self.optimizer.param_groups
         full.set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
+        for moments in self.optimizer.state.values():  # they still lie in the checkpoint, mapped into memory
+            moments.update({name: tensor.clone() for name, tensor in moments.items()})
         for group, saved in zip(groups, self.optimizer.param_groups, strict=True):
             group["step"] = saved["step"].to(self.device)
         self.optimizer.param_groups = groups  # with the rates, betas and decay of this command line
