@@ -343,11 +343,12 @@ def find_parts(inputs: list[str], val_fraction: float, out: Path, copies: Path) 
     Where there are so few that none is to be held out, the last val_fraction of all their bytes is. What is
     no file, as standard input, "-", is copied to one in `copies` first. None: documents are counted later.
     """
-    paths = []
+    paths, out = [], out.resolve()
     for path in map(Path, inputs):
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
-        made = [p for p in inside if out.resolve() in p.resolve().parents]  # what an earlier call wrote
-        paths += [p for p in inside if p not in made] if path.is_dir() else [path]  # nothing hidden: .git
+        made = out if path.resolve() in out.parents else None  # what an earlier call wrote in this folder
+        shown = (p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path)}")  # nothing hidden: .git
+        inside = sorted(p for p in shown if p.is_file() and made not in p.resolve().parents)
+        paths += inside if path.is_dir() else [path]
     for i, path in enumerate(paths):
         if str(path) == "-" or path.is_fifo():
             paths[i], opened = copies / f"{i}", (0, False) if str(path) == "-" else (path, True)

@@ -1023,6 +1023,15 @@ def test_of_many_documents_every_tenth_is_held_out_and_byte_0_stands_between(tmp
     assert (meta["val_tokens"], meta["val_bytes"]) == (12, 11)
 
 
+@pytest.mark.parametrize("out_dir", ["in/data", "."])
+def test_what_was_prepared_inside_an_input_folder_is_no_text_and_the_input_may_lie_in_it(folder, out_dir):
+    Path("in").mkdir()
+    Path("text.txt").rename("in/text.txt")
+    for _ in range(2):
+        prepare.main(["in", f"--out_dir={out_dir}"])
+        assert read_tokens(f"{out_dir}/train.bin") + read_tokens(f"{out_dir}/val.bin") == TEXT.encode()
+
+
 def test_standard_input_and_any_bytes_are_text(tmp_path):
     data = bytes(range(256)) * 20
     command("prepare.py", "-", f"--out_dir={tmp_path}", "--val_fraction=0.25", stdin=data)
@@ -1067,8 +1076,8 @@ def test_the_byte_tokenizer_returns_any_text_and_holds_broken_characters_back():
 ODD = "naïve 東京 🙂 <|endoftext|> Ā\x00\u200d\r\n\t  don't 12345  \n"
 
 
-@pytest.fixture
-def learned(folder):
+@pytest.fixture(scope="module")
+def learned():
     """A BPE of 400 tokens, learned from TEXT and ODD."""
     pytest.importorskip("tokenizers")
     return prepare.train_tokenizer([TEXT, ODD], 400)
@@ -1085,11 +1094,8 @@ def test_a_learned_tokenizer_returns_any_text_and_streams_it(learned):
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=200))
-def test_any_utf8_survives_a_learned_tokenizer(text):
-    pytest.importorskip("tokenizers")
-    global LEARNED
-    LEARNED = globals().get("LEARNED") or prepare.train_tokenizer([TEXT, ODD], 400)
-    assert "".join(LEARNED.decode(LEARNED.encode(text.encode()).tolist())) == text
+def test_any_utf8_survives_a_learned_tokenizer(learned, text):
+    assert "".join(learned.decode(learned.encode(text.encode()).tolist())) == text
 
 
 def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(learned):
@@ -1281,7 +1287,7 @@ def test_a_run_interrupted_at_any_update_and_resumed_equals_the_uninterrupted_on
 def test_resuming_takes_the_runs_keys_and_refuses_those_that_shape_it(folder):
     train.main([*SMALL, "--max_steps=2"])
     for arg in ("--d_model=32", "--batch_size=4", "--seed=1"):
-        with pytest.raises(ValueError, match=f"{arg}: resuming keeps what the run in out has"):
+        with pytest.raises(ValueError, match=f"{arg}: the run in out has"):
             train.main(["--resume=True", arg])
     train.main(["--resume=True", "--max_steps=4", "--max_lr=0.5", "--d_model=16", "--device=cpu"])
     state = CheckpointHandler("out").load("last.pt")
@@ -1553,6 +1559,11 @@ def test_a_dry_run_plans_for_machines_that_are_not_there(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_plans_new_runs_alone():
+    with pytest.raises(ValueError, match="--dry_run=True: plans a new run; leave out --resume"):
+        train.main(["--dry_run=True", "--resume=True"])
+
+
 def test_the_readmes_table_of_memory_is_what_a_dry_run_computes():
     shapes = {  # d_model, layers, heads, key/value heads, d_ff
         "OpenLLaMA 3B": (3200, 26, 32, 32, 8640),
@@ -1705,7 +1716,7 @@ def test_what_processes_cannot_share_is_refused_with_the_numbers(folder, monkeyp
         train.main([*SMALL, "--fsdp=True"])
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match="--batch_size=8: not to share among 3 processes; 9 is"):
+    with pytest.raises(ValueError, match="--batch_size=8: does not divide among 3 processes; 9 would"):
         train.find_run({"batch_size": 8, "device": "cpu", "dtype": "float32"})
     with pytest.raises(ValueError, match="--fsdp=True: needs --dtype=bfloat16 or float32"):
         train.find_run({"batch_size": 9, "device": "cpu", "dtype": "float16", "fsdp": True})

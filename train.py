@@ -609,7 +609,7 @@ def resume_run(given: dict) -> tuple[TrainConfig, dict]:
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
             raise ValueError(
-                f"--{key}={given[key]}: resuming keeps what the run in {out_dir} has, {saved[key]}"
+                f"--{key}={given[key]}: the run in {out_dir} has {saved[key]}, and resuming keeps it"
             )
     return TrainConfig(**saved | given), state
 
@@ -664,7 +664,7 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     if c.batch_size % world_size:
         least = math.ceil(c.batch_size / world_size) * world_size
         raise ValueError(
-            f"--batch_size={c.batch_size}: not to share among {world_size} processes; {least} is"
+            f"--batch_size={c.batch_size}: does not divide among {world_size} processes; {least} would"
         )
     if c.fsdp and not dist.is_initialized() and not c.dry_run:
         raise ValueError(
@@ -672,7 +672,7 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
         )
     if c.fsdp and c.dtype == "float16":
         raise ValueError(
-            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 has a scaler of its own there"
+            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 would need a scaler of its own"
         )
     c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
 
