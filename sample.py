@@ -17,15 +17,7 @@ from typing import Literal
 import torch
 
 from lm import CheckpointHandler, ModelConfig, TransformerLM, load_pretrained, save_pretrained
-from prepare import (
-    ByteTokenizer,
-    export_tokenizer,
-    find_tokenizer,
-    load_tokenizer,
-    parse_args,
-    pick_device,
-    run,
-)
+from prepare import export_tokenizer, find_tokenizer, load_tokenizer, parse_args, pick_device, run
 
 
 @dataclass
@@ -45,7 +37,7 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 
-def load_model(path: str) -> tuple[TransformerLM, ByteTokenizer]:
+def load_model(path: str) -> tuple:
     """The model and the tokenizer of a checkpoint or of a Hugging Face folder, on the CPU."""
     if Path(path).is_dir():
         return load_pretrained(path).eval(), find_tokenizer(path)
@@ -64,7 +56,7 @@ def read_prompt(prompt: str) -> bytes:
     return Path(prompt[1:]).read_bytes() if prompt.startswith("@") else os.fsencode(prompt)
 
 
-def speak(model: TransformerLM, tokenizer: ByteTokenizer, prompt: bytes, c: SampleConfig, generator) -> None:
+def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, generator) -> None:
     """Print the prompt and its continuations, as they come."""
     try:
         shown = prompt.decode()
@@ -78,13 +70,14 @@ def speak(model: TransformerLM, tokenizer: ByteTokenizer, prompt: bytes, c: Samp
     start, made = time.perf_counter(), 0
     sampling = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "generator": generator}
     for i in range(c.num_samples):
-        print("\n---" if i else "", shown, sep="\n" if i else "", end="", flush=True)
+        print(f"\n---\n{shown}" if i else shown, end="", flush=True)
         stream = model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
         drawn = (token.item() for token in stream)
         text = tokenizer.decode(token for token in drawn if token != tokenizer.eos_id)
-        for count, piece in enumerate(text):  # noqa: B007
+        for piece in text:
             print(piece, end="", flush=True)
-        made += count  # and not one more: the last piece is the end of what was held back
+            made += 1
+        made -= 1  # the last piece is no token's, but the end of what was held back
         print()
     seconds = time.perf_counter() - start
     print(f"{made:,} tokens, {made / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
@@ -104,13 +97,13 @@ def main(argv: list[str]) -> None:
     device, dtype = pick_device(c.device, c.dtype)
     model.to(device, dtype)
     generator = torch.Generator(device).manual_seed(c.seed)
-    if c.prompt is not None or not sys.stdin.isatty():
+    if c.prompt is None and sys.stdin.isatty():
+        with contextlib.suppress(EOFError):  # Ctrl-D
+            while True:
+                speak(model, tokenizer, os.fsencode(input("prompt> ")), c, generator)
+        print()
+    else:
         speak(model, tokenizer, read_prompt(c.prompt or ""), c, generator)
-        return
-    with contextlib.suppress(EOFError):  # Ctrl-D
-        while True:
-            speak(model, tokenizer, os.fsencode(input("prompt> ")), c, generator)
-    print()
 
 
 if __name__ == "__main__":
