@@ -48,19 +48,17 @@ def convert(text: str, kind) -> object:
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        kind = typing.get_args(kind)[0]
     if choices := (True, False) if kind is bool else typing.get_args(kind):
-        with contextlib.suppress(StopIteration):
-            return next(choice for choice in choices if str(choice).lower() == text.lower())
+        with contextlib.suppress(KeyError):
+            return {str(choice).lower(): choice for choice in choices}[text.lower()]
         raise ValueError(f"must be one of {', '.join(map(str, choices))}")
-    try:
-        if kind is int and not re.fullmatch(r"[+-]?\d+", text):
-            if float(text) != int(float(text)):  # 1e4 is a whole number too
-                raise ValueError
-            return int(float(text))
+    with contextlib.suppress(ValueError):
         return kind(text)
-    except (ValueError, OverflowError):
-        raise ValueError(f"must be a {'whole ' if kind is int else ''}number") from None
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():  # 1e4 is a whole number too
+            return int(number)
+    raise ValueError(f"must be a {'whole ' if kind is int else ''}number")
 
 
 def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
@@ -69,19 +67,18 @@ def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
     Words without dashes make the list `inputs`, where that is a field. --help prints doc and the keys, each
     with the comment behind its field. Raises ValueError for an unknown key or a value not of its type.
     """
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    keys, given = [name for name in fields if name != "inputs"], {}
+    keys, given = {field.name: field for field in dataclasses.fields(config_class)}, {}
+    takes_inputs = keys.pop("inputs", None) is not None
     if {"-h", "--help"} & set(argv):
-        comments = dict(
-            re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE)
-        )
+        source = inspect.getsource(config_class)
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
         print(doc.strip() + "\n\nKeys, with their defaults:")
-        for name in keys:
-            print(f"  {f'--{name}={fields[name].default}':33}  {comments[name]}")
+        for name, field in keys.items():
+            print(f"  {f'--{name}={field.default}':33}  {comments[name]}")
         raise SystemExit(0)
     for arg in argv:
         key, equals, text = arg.removeprefix("--").partition("=")
-        if "inputs" in fields and not arg.startswith("--"):
+        if takes_inputs and not arg.startswith("--"):
             given.setdefault("inputs", []).append(arg)
         elif key not in keys:
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
@@ -90,7 +87,7 @@ def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
             raise ValueError(f"{arg}: a key is given as --{key}=VALUE")
         else:
             try:
-                given[key] = convert(text, fields[key].type)
+                given[key] = convert(text, keys[key].type)
             except ValueError as problem:
                 raise ValueError(f"{arg}: {problem}") from None
     return given
@@ -104,7 +101,7 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as problem:
-        if isinstance(problem, RuntimeError | MemoryError) and not out_of_memory(problem):
+        if isinstance(problem, RuntimeError) and not out_of_memory(problem):
             raise
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # of what shows the progress
         print(f"{clear}error: {in_words(problem)}", file=sys.stderr)
@@ -115,8 +112,7 @@ def run(main) -> None:
 
 def out_of_memory(problem: Exception) -> bool:
     """Of whichever device: the CPU's allocator raises a RuntimeError."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(problem, kinds) or "allocate memory" in str(problem)
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
 
 
 def in_words(problem: Exception) -> str:
@@ -129,9 +125,8 @@ def in_words(problem: Exception) -> str:
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Resolve "auto": CUDA, MPS or CPU; bfloat16 where it is fast, else float16 on CUDA, else float32."""
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as problem:
@@ -148,11 +143,9 @@ def bfloat16_is_fast() -> bool:
 
     Timed, for flags do not tell: a Xeon that reports AVX512-BF16 was seen to take twice as long with it.
     """
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda a=a: a @ a, number=1, repeat=8)))
-    return seconds[1] < 0.7 * seconds[0]
+    a = torch.ones(512, 512)
+    float32, bfloat16 = (timeit.repeat(lambda m=m: m @ m, number=1, repeat=8) for m in (a, a.bfloat16()))
+    return min(bfloat16) < 0.7 * min(float32)
 
 
 # ------------------------------------------------------------------------------------------------- Tokenizers
