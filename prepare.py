@@ -481,17 +481,17 @@ def prepare_default(out_dir: str, tokenizer=None) -> None:
 
 def load_meta(data_dir: str) -> dict:
     """data_dir/meta.json. Raises ValueError where it is missing or damaged, with the remedy."""
-    path, counts = Path(data_dir, "meta.json"), ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
-    kinds = {"tokenizer": dict, "vocab_size": int, "eos_id": int, "dtype": str, "source": str, "sha256": str}
+    path, kinds = Path(data_dir, "meta.json"), {"tokenizer": dict, "dtype": str, "source": str, "sha256": str}
+    counts = ("vocab_size", "eos_id", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
     try:
         meta = json.loads(path.read_text())
         for key, kind in (kinds | dict.fromkeys(counts, int)).items():
             if type(meta[key]) is not kind or (kind is int and not 0 <= meta[key] < 2**63):
                 raise ValueError(f"{key} is {meta[key]!r}")
-        if meta["dtype"] not in ("uint8", "uint16", "uint32") or not meta["eos_id"] < meta["vocab_size"]:
-            raise ValueError(
-                f"dtype, eos_id, vocab_size: {meta['dtype']}, {meta['eos_id']}, {meta['vocab_size']}"
-            )
+        if meta["dtype"] not in ("uint8", "uint16", "uint32"):
+            raise ValueError(f"dtype is {meta['dtype']!r}")
+        if meta["eos_id"] >= meta["vocab_size"]:
+            raise ValueError(f"eos_id is {meta['eos_id']}, vocab_size {meta['vocab_size']}")
         if "sha256" in meta["tokenizer"]:
             text = path.with_name("tokenizer.json").read_text()
             if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer"].pop("sha256"):
@@ -501,9 +501,8 @@ def load_meta(data_dir: str) -> dict:
         command = f"python prepare.py TEXT --out_dir={data_dir}"
         raise ValueError(f"{problem.filename}: not there; make it:  {command}") from None
     except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(
-            f"{path}: damaged ({type(problem).__name__}: {problem}); prepare the data again"
-        ) from None
+        reason = f"{type(problem).__name__}: {problem}"
+        raise ValueError(f"{path}: damaged ({reason}); prepare the data again") from None
     return meta
 
 
