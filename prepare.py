@@ -260,14 +260,11 @@ class BPETokenizer(ByteTokenizer):
 
 def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-level BPE of vocab_size tokens, learned from pieces; token 0, <|endoftext|>, ends a document."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    import tokenizers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    settings = {"vocab_size": vocab_size, "initial_alphabet": sorted(BYTES), "show_progress": False}
-    trainer = trainers.BpeTrainer(special_tokens=["<|endoftext|>"], **settings)
-    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    settings = {"min_frequency": 0, "show_progress": False, "special_tokens": ["<|endoftext|>"]}
+    tokenizer.train_from_iterator(pieces, vocab_size, **settings)
     return BPETokenizer(tokenizer.to_str(), 0)
 
 
