@@ -176,19 +176,10 @@ class ByteTokenizer:
             yield decoder.decode(self.table[token] if token < len(self.table) else b"\xff")
         yield decoder.decode(b"", final=True)
 
-    def to_json(self) -> str:
-        """The same tokenizer as the content of a tokenizer.json."""
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        model = {"type": "BPE", "vocab": {CHARACTERS[byte]: byte for byte in range(256)}, "merges": []}
-        parts = {"added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
-        return json.dumps({"version": "1.0"} | parts)
-
 
 # In a tokenizer.json each byte is a visible character: itself, or else the next from 256 on (GPT-2, 2019).
-VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BEYOND = itertools.count(256)
-CHARACTERS = {byte: chr(byte if byte in VISIBLE else next(BEYOND)) for byte in range(256)}
-BYTES = {character: byte for byte, character in CHARACTERS.items()}
+VISIBLE, BEYOND = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+BYTES = {chr(byte if byte in VISIBLE else next(BEYOND)): byte for byte in range(256)}
 # A piece ends between a word and a space, where tokens end in any case; failing that, where a character does.
 PIECE = re.compile(rb"(?s).{65536,1048576}?(?<=[0-9A-Za-z])(?=\s)|.{1048576,1048579}(?=[^\x80-\xbf])")
 
@@ -214,19 +205,18 @@ class BPETokenizer(ByteTokenizer):
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         names = {token: name for name, token in self.tokenizer.get_vocab().items()}
+        usual = map(self.tokenizer.token_to_id, ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"))
+        eos_id = next((token for token in (eos_id, *usual) if token is not None), None)
+        if eos_id not in names:
+            raise ValueError(f"its eos_token_id is {eos_id}; set one that it has in a config.json beside it")
         self.vocab_size, self.eos_id = max(names) + 1, eos_id
-        for name in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"):
-            self.eos_id = self.tokenizer.token_to_id(name) if self.eos_id is None else self.eos_id
-        if self.eos_id not in names:
-            raise ValueError(
-                f"its token that ends a text is {self.eos_id}; say so in a config.json beside it"
-            )
         self.start_ids = tuple(self.tokenizer.encode("").ids)  # what it puts before each text: Llama 2's <s>
-        self.spec = {"kind": "bpe", "eos_id": self.eos_id, "json": text}
-        spell = self.spell_bytes if "ByteLevel" in decoder else self.spell_words
-        self.table = tuple(spell(names.get(token, "")) for token in range(self.vocab_size))
+        self.spec = {"kind": "bpe", "eos_id": eos_id, "json": text}
+        spell = self.spell_bytes
         if "ByteLevel" not in decoder:  # then each text that is encoded gets a space before it
+            spell = self.spell_words
             self.pieces = lambda blocks: filter(None, [b"".join(blocks).decode()])
+        self.table = tuple(spell(names.get(token, "")) for token in range(self.vocab_size))
 
     @staticmethod
     def spell_bytes(name: str) -> bytes:
@@ -253,9 +243,6 @@ class BPETokenizer(ByteTokenizer):
     def encode_batch(self, pieces: list[str]) -> list[np.ndarray]:
         encoded = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)  # on all cores
         return [np.array(e.ids, np.int64) for e in encoded]
-
-    def to_json(self) -> str:
-        return self.spec["json"]
 
 
 def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -295,8 +282,11 @@ def export_tokenizer(tokenizer: ByteTokenizer, folder: str) -> None:
 
     No end-of-text token is declared, or its name would be found in texts: config.json has its id.
     """
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = {"type": "BPE", "vocab": BYTES, "merges": []}  # bytes as they are
+    plain = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    files = {"tokenizer.json": tokenizer.to_json()}
+    files = {"tokenizer.json": tokenizer.spec.get("json") or json.dumps(plain)}
     files["tokenizer_config.json"] = json.dumps(config | {"split_special_tokens": True})
     files["generation_config.json"] = json.dumps({"eos_token_id": tokenizer.eos_id})
     for name, text in files.items():
