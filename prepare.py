@@ -103,8 +103,8 @@ def run(main) -> None:
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as problem:
         if isinstance(problem, RuntimeError) and not out_of_memory(problem):
             raise
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of what shows the progress
-        print(f"{clear}error: {in_words(problem)}", file=sys.stderr)
+        show_progress("")
+        print(f"error: {in_words(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -120,6 +120,14 @@ def in_words(problem: Exception) -> str:
         return f"this needs the package {problem.name}:  pip install {problem.name}"
     where = getattr(problem, "filename", None)
     return f"{where}: {problem.strerror}" if where else str(problem)
+
+
+def show_progress(line: str) -> None:
+    """Print line to standard error: on a terminal in place of the one before, which "" clears."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -304,166 +312,149 @@ EXCLUDED = re.compile(  # tables, giant literals, tests, and paths of the machin
 
 
 def standard_library() -> list[tuple]:
-    """(path, first byte, end, held out?) of the sources of Python's standard library.
+    """The sources of Python's standard library, as `find_parts` returns them.
 
     Whole top-level modules are held out, about a tenth of the bytes, so that no text stands on both sides.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    tops = {name: name.split("/")[0].removesuffix(".py") for name in names if not EXCLUDED.search(name)}
-    if not tops:
+    parts, names = [], sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    for name in itertools.filterfalse(EXCLUDED.search, names):
+        path, top = root / name, name.split("/")[0].removesuffix(".py")
+        parts.append((path, 0, path.stat().st_size, zlib.crc32(top.encode()) % 10 == 0))
+    if not parts:
         raise ValueError(f"{root}: this Python has no source of its library; prepare a text of your own")
-    held_out = {name: zlib.crc32(top.encode()) % 10 == 0 for name, top in tops.items()}
-    return [(root / name, 0, (root / name).stat().st_size, held_out[name]) for name in tops]
+    return parts
 
 
-def find_parts(inputs: list[str], val_fraction: float, out: Path, copies: Path) -> list[tuple]:
-    """(path, first byte, end, held out?) of each file named and each file in a folder named.
+def find_parts(inputs: list[str], val_fraction: float, out_dir: str, copies: str) -> list[tuple]:
+    """(path, first byte, end, share of its documents to hold out) of each file named or in a folder named.
 
-    Where there are so few that none is to be held out, the last val_fraction of all their bytes is. What is
-    no file, as standard input, "-", is copied to one in `copies` first. None: documents are counted later.
+    Where there are so few that none would be held out, the last val_fraction of all their bytes is. What is
+    no file, as standard input, "-", is copied to one in the folder `copies` first.
     """
-    paths, out = [], out.resolve()
-    for path in map(Path, inputs):
-        made = out if path.resolve() in out.parents else None  # what an earlier call wrote in this folder
-        shown = (p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path)}")  # nothing hidden: .git
-        inside = sorted(p for p in shown if p.is_file() and made not in p.resolve().parents)
-        paths += inside if path.is_dir() else [path]
-    for i, path in enumerate(paths):
-        if str(path) == "-" or path.is_fifo():
-            paths[i], opened = copies / f"{i}", (0, False) if str(path) == "-" else (path, True)
-            with open(opened[0], "rb", closefd=opened[1]) as source, open(paths[i], "wb") as copy:
+    paths, out = [], Path(out_dir).resolve()
+    for i, path in enumerate(map(Path, inputs)):
+        if path.is_dir():
+            made = out if path.resolve() in out.parents else None  # what an earlier call wrote in this folder
+            shown = (p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path)}")  # nothing hidden
+            paths += sorted(p for p in shown if p.is_file() and made not in p.resolve().parents)
+        elif (stdin := str(path) == "-") or path.is_fifo():
+            paths.append(Path(copies, f"{i}"))
+            with open(0 if stdin else path, "rb", closefd=not stdin) as source, open(paths[-1], "wb") as copy:
                 shutil.copyfileobj(source, copy, 2**20)
+        else:
+            paths.append(path)
+    sizes = [path.stat().st_size for path in paths]
     if len(paths) * val_fraction >= 1 or any(path.suffix == ".jsonl" for path in paths):
-        return [(path, 0, path.stat().st_size, None) for path in paths]
-    parts, sizes = [], [path.stat().st_size for path in paths]
-    cut = sum(sizes) - int(sum(sizes) * val_fraction)
+        return [(path, 0, size, val_fraction) for path, size in zip(paths, sizes, strict=True)]
+    parts, cut = [], sum(sizes) - int(sum(sizes) * val_fraction)
     for path, size in zip(paths, sizes, strict=True):
         here = min(max(cut, 0), size)
         with open(path, "rb") as file:
             file.seek(here)  # not inside of a character
             here += len(re.match(rb"[\x80-\xbf]{0,3}", file.read(3))[0])
-        parts += [(path, 0, here, False), (path, here, size, True)]
+        parts += [(path, 0, here, 0), (path, here, size, 1)]
         cut -= size
-    return [part for part in parts if part[1] < part[2]]
+    return parts
 
 
-def read_documents(parts: list[tuple], val_fraction: float) -> Iterator[tuple[Path, bool, Iterator[bytes]]]:
-    """(path, held out?, blocks of bytes) of each document: a part, or each line of a .jsonl file."""
-    counter = itertools.count()
-    for path, start, end, held_out in parts:
-        lines = path.suffix == ".jsonl"
-        for blocks in read_lines(path) if lines else [read_blocks(path, start, end)]:
-            i = next(counter)
-            every = int((i + 1) * val_fraction) > int(i * val_fraction)
-            yield path, every if held_out is None else held_out, blocks
-
-
-def read_blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        file.seek(start)
-        while block := file.read(min(2**18, end - file.tell())):
-            yield block
-
-
-def read_lines(path: Path) -> Iterator[list[bytes]]:
-    """The field `text` of each line, as a document of one block."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
+def read_documents(parts: list[tuple]) -> Iterator[tuple[Path, float, Iterable[bytes]]]:
+    """(path, share to hold out, blocks) of each document: of a .jsonl file, the field `text` of each line."""
+    for path, start, end, share in parts:
+        with open(path, "rb") as file:
+            if path.suffix != ".jsonl":
+                file.seek(start)
+                yield path, share, (file.read(min(2**18, end - at)) for at in range(start, end, 2**18))
                 continue
-            try:
-                yield [json.loads(line)["text"].encode()]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-                raise ValueError(f'{path}, line {number}: no {{"text": "..."}} ({problem})') from None
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield path, share, [json.loads(line)["text"].encode()]
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+                    raise ValueError(f'{path}, line {number}: no {{"text": "..."}} ({problem})') from None
 
 
-class Tally:
-    """Passes blocks on, and keeps their sizes and digest; says how long the rest will take.
+class Reader:
+    """Reads the documents of `parts`, and keeps their sizes and digest; says how long the rest will take.
 
     After the first second that is a line on standard error: each second anew, in a log each minute.
     """
 
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.sizes, self.digest = what, total, [0, 0], hashlib.sha256()
-        self.start, self.next, self.live = time.perf_counter(), 1.0, sys.stderr.isatty()
+    def __init__(self, what: str, parts: list[tuple]):
+        self.what, self.parts, self.total = what, parts, sum(end - start for _, start, end, _ in parts)
+        self.sizes, self.digest = [0, 0], hashlib.sha256()  # bytes to train on, bytes held out
+        self.start, self.next = time.perf_counter(), 1.0
 
-    def __call__(self, blocks: Iterable[bytes], held_out: bool) -> Iterator[bytes]:
+    def pieces(self, tokenizer) -> Iterator[tuple]:
+        """(held out?, first of its document?, piece) of all documents."""
+        for i, (path, share, blocks) in enumerate(read_documents(self.parts)):
+            held_out = int((i + 1) * share) > int(i * share)  # a share of 0.1: every tenth
+            try:
+                for j, piece in enumerate(tokenizer.pieces(self.count(blocks, held_out))):
+                    yield held_out, j == 0, piece
+            except UnicodeDecodeError as problem:
+                raise ValueError(f"{path}: not UTF-8 ({problem}); --tokenizer=bytes takes any file") from None
+
+    def count(self, blocks: Iterable[bytes], held_out: bool) -> Iterator[bytes]:
         for block in blocks:
             yield block
             self.sizes[held_out] += len(block)
             self.digest.update(block)
             if (seconds := time.perf_counter() - self.start) > self.next:
-                self.next = seconds + (1 if self.live else 60)
+                self.next = seconds + (1 if sys.stderr.isatty() else 60)
                 done, total = sum(self.sizes) / 1e6, self.total / 1e6
                 left = max(0, int(seconds * (total / max(done, 1e-6) - 1)))
                 rate = f"{done / seconds:,.1f} MB/s  {left // 60}:{left % 60:02} left"
-                self.say(f"{done:,.0f} of {total:,.0f} MB  {rate}")
-
-    def say(self, line: str) -> None:
-        line = f"\r\033[K{self.what} {line}" if self.live else f"{self.what} {line}\n"
-        print(line, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.live and self.next > 1:
-            print(end="\r\033[K", file=sys.stderr, flush=True)
+                show_progress(f"{self.what} {done:,.0f} of {total:,.0f} MB  {rate}")
 
 
 # ---------------------------------------------------------------------------------------------------- Writing
 
 
-def read_pieces(parts: list[tuple], val_fraction: float, tokenizer, tally: Tally) -> Iterator[tuple]:
-    """(held out?, first of its document?, piece) of all documents."""
-    for path, held_out, blocks in read_documents(parts, val_fraction):
-        try:
-            for i, piece in enumerate(tokenizer.pieces(tally(blocks, held_out))):
-                yield held_out, i == 0, piece
-        except UnicodeDecodeError as problem:
-            raise ValueError(f"{path}: not UTF-8 ({problem}); --tokenizer=bytes takes any bytes") from None
-
-
-def prepare(parts: list[tuple], out_dir: str, tokenizer, val_fraction: float, source: str) -> None:
+def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
     """Write the documents' tokens to out_dir/train.bin and val.bin, and what they are to out_dir/meta.json.
 
     Files appear whole or not at all. Raises ValueError where there is too little text, OSError where a file
     cannot be read or written.
     """
-    out, largest, spec = Path(out_dir), tokenizer.vocab_size - 1, dict(tokenizer.spec)
-    dtype = np.dtype("<u1" if largest < 2**8 else "<u2" if largest < 2**16 else "<u4")
+    out, spec, reader = Path(out_dir), dict(tokenizer.spec), Reader("preparing", parts)
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")  # the smallest for all ids
     start = np.array(tokenizer.start_ids, dtype).tobytes()
     eos = np.array(tokenizer.eos_id, dtype).tobytes()
-    tally = Tally("preparing", sum(end - first for _, first, end, _ in parts))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "val.bin") as val, replacing(out / "train.bin") as train:
-        pieces = read_pieces(parts, val_fraction, tokenizer, tally)
+        pieces = reader.pieces(tokenizer)
         while batch := list(itertools.islice(pieces, 256)):
             encoded = tokenizer.encode_batch([piece for _, _, piece in batch])
             for (held_out, first, _), ids in zip(batch, encoded, strict=True):
                 file = val if held_out else train
-                file.write((eos if file.tell() else b"") + start if first else b"")
+                if first:
+                    file.write((eos if file.tell() else b"") + start)
                 file.write(ids.astype(dtype, copy=False))
-        tokens, sizes = [file.tell() // dtype.itemsize for file in (train, val)], tally.sizes
+        tokens, sizes = [file.tell() // dtype.itemsize for file in (train, val)], reader.sizes
         if not all(tokens):
+            other = "a smaller" if tokens[1] else "a larger"
             raise ValueError(
                 f"{source}: {sum(sizes):,} bytes, of which {sizes[1]:,} are held out, are too little text to "
-                f"train on and to validate with; use more, or another --val_fraction than {val_fraction}"
+                f"train on and to validate with; use more, or {other} --val_fraction"
             )
     if text := spec.pop("json", None):
         with replacing(out / "tokenizer.json") as file:
             file.write(text.encode())
         spec["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     meta = {"tokenizer": spec, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    meta |= {"dtype": f"uint{8 * dtype.itemsize}", "train_tokens": tokens[0], "val_tokens": tokens[1]}
+    meta |= {"dtype": dtype.name, "train_tokens": tokens[0], "val_tokens": tokens[1]}
     meta |= {"train_bytes": sizes[0], "val_bytes": sizes[1], "source": source}
     with replacing(out / "meta.json") as file:
-        file.write(json.dumps(meta | {"sha256": tally.digest.hexdigest()}, indent=2).encode() + b"\n")
-    tally.close()
+        file.write(json.dumps(meta | {"sha256": reader.digest.hexdigest()}, indent=2).encode() + b"\n")
+    show_progress("")
     print(f"{out}: {tokens[0]:,} tokens to train on, {tokens[1]:,} to validate with, from {source}")
 
 
 def prepare_default(out_dir: str, tokenizer=None) -> None:
     """Prepare the corpus that needs no download: the standard library of the Python that runs this."""
-    prepare(standard_library(), out_dir, tokenizer or ByteTokenizer(), 0.1, LIBRARY)
+    prepare(standard_library(), out_dir, tokenizer or ByteTokenizer(), LIBRARY)
 
 
 def load_meta(data_dir: str) -> dict:
@@ -509,26 +500,23 @@ def make_tokenizer(c: PrepareConfig, parts: list[tuple]) -> ByteTokenizer:
         raise ValueError(f"--vocab_size={c.vocab_size}: goes with --tokenizer=bpe, and must be at least 257")
     if c.tokenizer != "bpe":
         return ByteTokenizer() if c.tokenizer == "bytes" else find_tokenizer(c.tokenizer)
-    tally = Tally("learning tokens from", sum(end - first for _, first, end, _ in parts))
-    pieces = read_pieces(parts, c.val_fraction, BPETokenizer, tally)
+    pieces = Reader("learning tokens from", parts).pieces(BPETokenizer)
     learned = (piece for held_out, _, piece in pieces if not held_out)
-    tokenizer = train_tokenizer(learned, 4096 if c.vocab_size is None else c.vocab_size)
-    tally.close()
-    return tokenizer
+    return train_tokenizer(learned, c.vocab_size or 4096)
 
 
 def main(argv: list[str]) -> None:
     c = PrepareConfig(**parse_args(PrepareConfig, argv, __doc__))
     if not 0 < c.val_fraction < 1:
         raise ValueError(f"--val_fraction={c.val_fraction}: must be above 0 and below 1")
-    out, source = Path(c.out_dir), LIBRARY
-    if c.inputs:
-        source = " ".join("standard input" if name == "-" else name for name in c.inputs)
-    out.mkdir(parents=True, exist_ok=True)
+    Path(c.out_dir).mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is an error now
     with tempfile.TemporaryDirectory() as copies:
-        library = not c.inputs
-        parts = standard_library() if library else find_parts(c.inputs, c.val_fraction, out, Path(copies))
-        prepare(parts, c.out_dir, make_tokenizer(c, parts), c.val_fraction, source)
+        if c.inputs:
+            parts = find_parts(c.inputs, c.val_fraction, c.out_dir, copies)
+            source = " ".join("standard input" if name == "-" else name for name in c.inputs)
+        else:
+            parts, source = standard_library(), LIBRARY
+        prepare(parts, c.out_dir, make_tokenizer(c, parts), source)
 
 
 if __name__ == "__main__":

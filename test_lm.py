@@ -1194,11 +1194,9 @@ def test_few_documents_hold_out_the_end_of_all_and_cut_no_character(tmp_path):
 def test_long_work_says_how_long_it_will_take(capsys, monkeypatch):
     clock = iter([0.0, 0.5, 2.0, 3.0, 70.0])
     monkeypatch.setattr(prepare.time, "perf_counter", lambda: next(clock))
-    tally = prepare.Tally("preparing", 8_000_000)
-    assert list(tally([b"x" * 10**6] * 4, held_out=True)) == [b"x" * 10**6] * 4 and tally.sizes == [
-        0,
-        4 * 10**6,
-    ]
+    reader = prepare.Reader("preparing", [(Path("eight.txt"), 0, 8_000_000, 1)])
+    assert list(reader.count([b"x" * 10**6] * 4, held_out=True)) == [b"x" * 10**6] * 4
+    assert reader.sizes == [0, 4 * 10**6]
     shown = capsys.readouterr().err.splitlines()  # nothing in the first second, then once a minute in a log
     assert shown == ["preparing 2 of 8 MB  1.0 MB/s  0:06 left", "preparing 4 of 8 MB  0.1 MB/s  1:10 left"]
 
