@@ -163,6 +163,7 @@ class ByteTokenizer:
     """Each byte is a token: nothing to train, nothing unknown. Byte 0, unused in text, ends a document."""
 
     vocab_size, eos_id, start_ids = 256, 0, ()
+    batch_size = 1  # how many pieces encode_batch is given at a time
     spec = types.MappingProxyType({"kind": "bytes"})  # all that load_tokenizer needs
     table = tuple(bytes([i]) for i in range(256))  # the bytes of each token
 
@@ -197,6 +198,8 @@ class BPETokenizer(ByteTokenizer):
 
     Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
     """
+
+    batch_size = 256  # enough for all cores
 
     def __init__(self, text: str, eos_id: int | None = None):
         """text: of the tokenizer.json. Raises ValueError if it is none, or not of a kind that keeps bytes."""
@@ -425,7 +428,7 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "val.bin") as val, replacing(out / "train.bin") as train:
         pieces = reader.pieces(tokenizer)
-        while batch := list(itertools.islice(pieces, 256)):
+        while batch := list(itertools.islice(pieces, tokenizer.batch_size)):
             encoded = tokenizer.encode_batch([piece for _, _, piece in batch])
             for (held_out, first, _), ids in zip(batch, encoded, strict=True):
                 file = val if held_out else train
