@@ -133,10 +133,14 @@ FIXED_KEYS = SHAPE_KEYS | {"batch_size", "seed", "init_from"}
 # ------------------------------------------------------------------------------------------- What a run takes
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Counted on torch's meta device, where tensors take no memory."""
+def on_meta(config: ModelConfig) -> TransformerLM:
+    """The model on torch's meta device, where tensors take no memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in TransformerLM(config).parameters())
+        return TransformerLM(config)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    return sum(p.numel() for p in on_meta(config).parameters())
 
 
 def flops_per_token(c: TrainConfig) -> int:
@@ -153,8 +157,7 @@ def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.device("meta"):
-        model = TransformerLM(dataclasses.replace(c.model(), num_layers=num_layers))
+    model = on_meta(dataclasses.replace(c.model(), num_layers=num_layers))
     model.to(dtype if c.fsdp else torch.float32)
     autocast = torch.autocast("cpu", dtype, enabled=not c.fsdp and dtype != torch.float32)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -169,17 +172,15 @@ def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
 
 def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes that each process will need, by what for; activations are those of an eager run."""
-
-    def count(layers: int) -> int:
-        return count_parameters(dataclasses.replace(c.model(), num_layers=layers))
-
-    held = count(c.num_layers) // (world_size if c.fsdp else 1)
+    total = count_parameters(c.model())
+    held = total // (world_size if c.fsdp else 1)
     rows = min(c.micro_batch_size or c.batch_size, c.batch_size // world_size)
-    one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))
+    one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))  # each further block keeps as much
     need = {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held}
     need["activations"] = one + (c.num_layers - 1) * (two - one)
     if c.fsdp:  # the block at work and the next, all that is outside of blocks, a block's float32 gradients
-        block, outside = count(2) - count(1), 2 * count(1) - count(2)
+        block = sum(p.numel() for p in on_meta(c.model()).layers[0].parameters())
+        outside = total - c.num_layers * block
         need["gathered"] = (2 * block + outside) * getattr(torch, c.dtype).itemsize + 4 * block
     return need
 
@@ -188,25 +189,22 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
 
 
-def describe(c: TrainConfig, meta: dict | None, world_size: int) -> str:
-    """What is about to run, and what it takes; without data where meta is None."""
-    tokens = c.batch_size * c.context_length
-    lines = [
-        f"model    {count_parameters(c.model()):,} parameters: {c.num_layers} layers, d_model {c.d_model}, "
-        f"{c.num_heads} heads",
-        f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} = {tokens:,} tokens, "
-        f"{flops_per_token(c):,} FLOP a token",
-        f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile else 'eager'}"
-        + (f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""),
-    ]
+def describe(c: TrainConfig, meta: dict | None, world_size: int) -> None:
+    """Print what is about to run, and what it takes; without data where meta is None."""
+    size, tokens = count_parameters(c.model()), c.batch_size * c.context_length
+    print(f"model    {size:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads")
     if meta:
-        data = f"data     {meta['train_tokens']:,} tokens of {meta['source']} (sha256 {meta['sha256'][:12]})"
-        lines.insert(1, f"{data}: {c.max_steps * tokens / meta['train_tokens']:.2f} epochs")
+        epochs = c.max_steps * tokens / meta["train_tokens"]
+        data = f"{meta['train_tokens']:,} tokens of {meta['source']} (sha256 {meta['sha256'][:12]})"
+        print(f"data     {data}: {epochs:.2f} epochs")
+    batch = f"{c.batch_size} x {c.context_length} = {tokens:,} tokens"
+    print(f"run      {c.max_steps:,} updates of {batch}, {flops_per_token(c):,} FLOP a token")
+    ways = f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""
+    print(f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile else 'eager'}{ways}")
     if c.dry_run:
         need = memory(c, world_size)
         parts = " + ".join(f"{name} {gigabytes(size)}" for name, size in need.items())
-        lines.append(f"memory   {gigabytes(sum(need.values()))} GB in each process: {parts}")
-    return "\n".join(lines)
+        print(f"memory   {gigabytes(sum(need.values()))} GB in each process: {parts}")
 
 
 # ---------------------------------------------------------------------------------------------------- Logging
@@ -695,20 +693,20 @@ def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
     return config, meta, state
 
 
-def plan(given: dict) -> str:
-    """What a run would take, for as many processes as the environment's WORLD_SIZE says; nothing is begun."""
+def plan(given: dict) -> None:
+    """Print what a run would take, for as many processes as WORLD_SIZE in the environment; begin nothing."""
     if given.get("resume"):
         raise ValueError("--dry_run=True: plans a new run; leave out --resume")
     config, world_size = new_config(given), int(os.environ.get("WORLD_SIZE", 1))
     meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
     resolve(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
-    return describe(config, meta, world_size)
+    describe(config, meta, world_size)
 
 
 def main(argv: list[str]) -> None:
     given = parse_args(TrainConfig, argv, __doc__)
     if given.get("dry_run"):
-        print(plan(given))
+        plan(given)
         return
     join_processes(given.get("timeout", TrainConfig.timeout))
     config, meta, state = from_first(lambda: find_run(given))
@@ -744,7 +742,7 @@ def run_training(manager: TrainManager, given: dict) -> int:
     """The run from where it stands to its end, or to a signal → the exit status."""
     config = manager.config
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    print(describe(config, manager.meta, manager.world_size))
+    describe(config, manager.meta, manager.world_size)
     nats = f"{math.log(config.vocab_size):.2f} nats, ln({config.vocab_size})"
     print(f"A loss of {nats}, is a blind guess among all tokens.")
     logger = Logger(config, manager.step) if manager.rank == 0 else Silent()
