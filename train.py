@@ -223,26 +223,30 @@ class Logger:
     def __init__(self, config: TrainConfig, step: int):
         """Go on after update `step`: what metrics.jsonl holds of later ones is cut off."""
         self.config, self.start, self.first_step = config, time.perf_counter(), step
-        self.flops = flops_per_token(config)
+        self.flops, self.width = flops_per_token(config), len(str(config.max_steps))
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
-        path = Path(config.out_dir, "metrics.jsonl")
-        lines = path.read_text().splitlines() if step and path.exists() else []
+        self.path = Path(config.out_dir, "metrics.jsonl")
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
         kept = [line for line in whole if json.loads(line)["step"] <= step]
-        with replacing(path) as file:  # a kill now must not lose the lines that are kept
+        with replacing(self.path) as file:  # a kill now must not lose the lines that are kept
             file.write("".join(f"{line}\n" for line in kept).encode())
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self.wandb = Silent()
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.wandb, keys = Silent(), dataclasses.asdict(config)
         if config.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config))
+            self.wandb = wandb.init(project=config.wandb_project, config=keys)
         if not step:
-            self.record(0, config=dataclasses.asdict(config))
+            self.record(0, config=keys)
 
     def record(self, step: int, **values) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.wandb.log(values, step=step)
+
+    def say(self, text: str, passing: bool = False) -> None:
+        """Print a line, on a terminal in place of one that was `passing`."""
+        print(f"\r\033[K{text}" if self.live else text, end="" if self.live and passing else "\n", flush=True)
 
     def progress(self, step: int, values: dict) -> None:
         self.record(step, **values)
@@ -251,20 +255,16 @@ class Logger:
         left = int(elapsed / (step - self.first_step) * (c.max_steps - step))
         skipped = f"  skipped {values['skipped']}" if values.get("skipped") else ""
         line = (
-            f"step {step:{len(str(c.max_steps))}}/{c.max_steps}  loss {values['train_loss']:.3f}"
+            f"step {step:{self.width}}/{c.max_steps}  loss {values['train_loss']:.3f}"
             f"  rate {values['lr']:.2e}  gradient {values['grad_norm']:.2f}{skipped}"
             f"  {speed:,.0f} tokens/s  {speed * self.flops / 1e12:.2f} TFLOP/s"
             f"  {left // 60}:{left % 60:02} left"
         )
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.say(line, passing=True)
 
     def evaluation(self, step: int, nats: float, bpb: float, text: str) -> None:
         self.record(step, val_loss=nats, val_bpb=bpb)
-        width = len(str(self.config.max_steps))
-        self.say(f"step {step:{width}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}")
-
-    def say(self, text: str) -> None:
-        print(f"\r\033[K{text}" if self.live else text, flush=True)
+        self.say(f"step {step:{self.width}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}")
 
     def close(self) -> None:
         self.file.close()
@@ -276,17 +276,16 @@ class Logger:
         """Draw the losses in metrics.jsonl to loss.png."""
         from matplotlib.figure import Figure
 
-        path = Path(self.config.out_dir, "metrics.jsonl")
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.subplots()
         for key, style, label in (("train_loss", "-", "training"), ("val_loss", "o-", "validation")):
-            points = np.array([(line["step"], line[key]) for line in lines if key in line]).reshape(-1, 2)
-            axes.plot(*points.T, style, label=label, markersize=4)
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot(*np.array(points, float).reshape(-1, 2).T, style, label=label, markersize=4)
         axes.set(xlabel="update", ylabel="loss, nats per token")
         axes.legend()
         axes.grid(alpha=0.3)
-        figure.savefig(path.with_name("loss.png"), dpi=110)
+        figure.savefig(self.path.with_name("loss.png"), dpi=110)
 
 
 # --------------------------------------------------------------------------------------------- Many processes
