@@ -241,7 +241,9 @@ class Logger:
             self.record(0, config=keys)
 
     def record(self, step: int, **values) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values})
+        # What is not finite, as the gradient of an update that float16 skips, is null: JSON has no NaN.
+        self.file.write(json.dumps(json.loads(line, parse_constant=lambda word: None)) + "\n")
         self.wandb.log(values, step=step)
 
     def say(self, text: str, passing: bool = False) -> None:
