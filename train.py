@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -93,6 +94,7 @@ class TrainConfig:
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
     checkpoint_interval: int = 500  # updates between checkpoints
     wandb_project: str | None = None  # log to this project of Weights & Biases too
+    wandb_id: str | None = None  # its run there; None: a new one, with which resuming goes on
     # The machine, from here to the end: not part of the run, so that it can be resumed on another
     micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -236,7 +238,9 @@ class Logger:
         if config.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=config.wandb_project, config=keys)
+            self.wandb = wandb.init(
+                project=config.wandb_project, id=config.wandb_id, resume="allow", config=keys
+            )
         if not step:
             self.record(0, config=keys)
 
@@ -660,6 +664,7 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
     if c.wandb_project:
         importlib.import_module("wandb")  # if it is missing, that is an error now
+        c.wandb_id = c.wandb_id or secrets.token_hex(4)
     if c.batch_size % world_size:
         least = math.ceil(c.batch_size / world_size) * world_size
         raise ValueError(
