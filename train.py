@@ -353,12 +353,13 @@ class Loss(nn.Module):
         return self.model.loss(tokens, targets)
 
 
-def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Put model on the device, or on all → (its loss, a switch: average gradients in the next backward?).
+def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Put model on the device, or on all → its loss.
 
     With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
     optimizer state, and a block's weights are gathered while it is their turn.
     """
+    loss = Loss(model)
     if c.fsdp:
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -367,14 +368,13 @@ def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: to
                 part.compile()
             fully_shard(part, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "loss")
-        return model.loss, lambda average: None  # after each micro-step: a whole gradient would not fit
-    loss = Loss(model.to(device))
+        return loss
+    loss.to(device)
     if c.compile:
         loss.compile()
     if not dist.is_initialized():
-        return loss, lambda average: None
-    ddp = nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return ddp, lambda average: setattr(ddp, "require_backward_grad_sync", average)
+        return loss
+    return nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 # --------------------------------------------------------------------------------------------------- Training
@@ -397,16 +397,15 @@ class TrainManager:
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
         if c.init_from and state is None:
-            shape = {"context_length": c.context_length, "dropout": c.dropout}
-            self.model = load_pretrained(c.init_from, **shape)
+            self.model = load_pretrained(c.init_from, context_length=c.context_length, dropout=c.dropout)
         else:
             self.model = TransformerLM(c.model())
-        self.loss, self.average_gradients = spread(self.model, c, self.device, self.dtype)
+        self.loss = spread(self.model, c, self.device, self.dtype)
         self.params = list(self.model.parameters())
-        matrices, gains = ([p for p in self.params if (p.ndim > 1) is matrix] for matrix in (True, False))
+        matrices = {"params": [p for p in self.params if p.ndim > 1]}
+        gains = {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0}
         rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
-        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]  # gains do not decay
-        self.optimizer = AdamW(groups, rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
+        self.optimizer = AdamW([matrices, gains], rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
         self.compile_optimizer = c.compile and not c.fsdp
         # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -459,14 +458,15 @@ class TrainManager:
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.rate())
-        share = (self.rank, self.world_size)
-        x, y = self.to_device(*self.train_data.batch(self.step - 1, c.batch_size, c.seed, *share))
+        batch = self.train_data.batch(self.step - 1, c.batch_size, c.seed, self.rank, self.world_size)
+        x, y = self.to_device(*batch)
         rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
         for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
             if c.dropout:
                 key = np.random.SeedSequence((c.seed, self.step, i, self.rank))
                 torch.manual_seed(key.generate_state(1, np.uint64).item())
-            self.average_gradients((i + 1) * rows >= len(x))  # over the processes: once an update
+            if self.world_size > 1:  # DDP then averages over the processes once, in the last backward pass
+                self.loss.require_backward_grad_sync = (i + 1) * rows >= len(x)  # FSDP: always, to hold less
             with self.autocast:
                 loss = self.loss(xi, yi) * (len(xi) / len(x))
             self.scaler.scale(loss).backward()
@@ -570,13 +570,13 @@ class TrainManager:
             if log or validate or save or stop:
                 self.check()
             if log:
+                tokens = (self.step - marked) * c.batch_size * c.context_length
                 values = {
                     "train_loss": over_all(loss.item()) / self.world_size,
                     "lr": self.rate(),
                     "grad_norm": norm.item(),
+                    "tokens_per_second": tokens / (time.perf_counter() - mark),
                 }
-                tokens = (self.step - marked) * c.batch_size * c.context_length
-                values["tokens_per_second"] = tokens / (time.perf_counter() - mark)
                 if self.scaler.is_enabled():
                     values["skipped"] = int(self.skipped)
                 logger.progress(self.step, values)
