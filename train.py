@@ -386,10 +386,10 @@ class TrainManager:
     def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
         """A fresh run, or the one that the checkpoint `state` holds."""
         c, self.config, self.meta = config, config, meta
+        self.tokenizer, self.checkpoints = load_tokenizer(meta["tokenizer"]), CheckpointHandler(c.out_dir)
         self.rank, self.world_size = 0, 1
         if dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.tokenizer = load_tokenizer(meta["tokenizer"])
         if c.device.startswith("cuda") and self.world_size > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             c.device = "cuda"  # the one just set
@@ -403,7 +403,7 @@ class TrainManager:
         self.loss = spread(self.model, c, self.device, self.dtype)
         self.params = list(self.model.parameters())
         matrices = {"params": [p for p in self.params if p.ndim > 1]}
-        gains = {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0}
+        gains = {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0}  # do not decay
         rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
         self.optimizer = AdamW([matrices, gains], rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
         self.compile_optimizer = c.compile and not c.fsdp
@@ -412,7 +412,6 @@ class TrainManager:
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.step, self.best_val_loss, self.stop_signal = 0, math.inf, 0
         self.skipped = torch.zeros((), device=self.device)  # updates whose gradient was not finite
-        self.checkpoints = CheckpointHandler(c.out_dir)
         if state is not None:
             self.load(state)
 
@@ -593,9 +592,8 @@ class TrainManager:
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def resume_run(given: dict) -> tuple[TrainConfig, dict]:
+def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
     """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
     checkpoints, last, prev = CheckpointHandler(out_dir), Path(out_dir, "last.pt"), Path(out_dir, "prev.pt")
     try:
         state = checkpoints.load("last.pt")
@@ -607,13 +605,12 @@ def resume_run(given: dict) -> tuple[TrainConfig, dict]:
         if last.exists():
             os.replace(last, last.with_name("damaged.pt"))
     if set(state.get("config", ())) != set(KEYS):
-        raise ValueError(f"{out_dir}/last.pt: not made by this version of train.py")
+        raise ValueError(f"{last}: not made by this version of train.py")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
-            raise ValueError(
-                f"--{key}={given[key]}: the run in {out_dir} has {saved[key]}, and resuming keeps it"
-            )
+            kept = f"the run in {out_dir} has {saved[key]}, and resuming keeps it"
+            raise ValueError(f"--{key}={given[key]}: {kept}")
     return TrainConfig(**saved | given), state
 
 
@@ -627,20 +624,6 @@ def new_config(given: dict) -> TrainConfig:
         if given[key] != shape[key] and not (key == "context_length" and given[key] < shape[key]):
             raise ValueError(f"--{key}={given[key]}: the model in {config.init_from} has {shape[key]}")
     return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
-
-
-def new_run(given: dict) -> TrainConfig:
-    """The config of a fresh run, in a folder that holds none yet."""
-    config = new_config(given)
-    if any(Path(config.out_dir, name).exists() for name in ("last.pt", "prev.pt")):
-        raise ValueError(
-            f"{config.out_dir} holds a run already; go on with it:  python train.py --resume=True "
-            f"--out_dir={config.out_dir}  or keep it:  python train.py --out_dir={config.out_dir}-2"
-        )
-    if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
-        print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
-        prepare_default(config.data_dir, config.init_from and find_tokenizer(config.init_from))
-    return config
 
 
 def can_compile(device: torch.device) -> bool:
@@ -667,32 +650,38 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
         c.wandb_id = c.wandb_id or secrets.token_hex(4)
     if c.batch_size % world_size:
         least = math.ceil(c.batch_size / world_size) * world_size
-        raise ValueError(
-            f"--batch_size={c.batch_size}: does not divide among {world_size} processes; {least} would"
-        )
+        reason = f"does not divide among {world_size} processes; {least} would"
+        raise ValueError(f"--batch_size={c.batch_size}: {reason}")
     if c.fsdp and not dist.is_initialized() and not c.dry_run:
         raise ValueError(
             "--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py ..."
         )
     if c.fsdp and c.dtype == "float16":
-        raise ValueError(
-            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 would need a scaler of its own"
-        )
+        raise ValueError("--fsdp=True: needs --dtype=bfloat16 or float32; float16 needs a scaler of its own")
     c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
 
 
 def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
     """The config, the data's meta.json, and the checkpoint of the run to go on with, if there is one."""
-    again = given.get("resume", TrainConfig.resume)
-    if again == "auto":
-        folder = Path(given.get("out_dir", TrainConfig.out_dir))
-        again = any((folder / name).exists() for name in ("last.pt", "prev.pt"))
-    config, state = resume_run(given) if again else (new_run(given), None)
+    out_dir, resume = given.get("out_dir", TrainConfig.out_dir), given.get("resume", TrainConfig.resume)
+    begun = any(Path(out_dir, name).exists() for name in ("last.pt", "prev.pt"))
+    if resume is True or (resume == "auto" and begun):
+        config, state = resume_run(given, out_dir)
+    else:
+        config, state = new_config(given), None
+        if begun:
+            raise ValueError(
+                f"{out_dir} holds a run already; go on with it:  python train.py --resume=True "
+                f"--out_dir={out_dir}  or keep it:  python train.py --out_dir={out_dir}-2"
+            )
+        if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
+            print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
+            prepare_default(config.data_dir, config.init_from and find_tokenizer(config.init_from))
     meta = load_meta(config.data_dir)
     resolve(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
     data, model = f"--data_dir={config.data_dir}", config.init_from
     if state and state["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"{data}: not the tokenizer that the run in {config.out_dir} has")
+        raise ValueError(f"{data}: not the tokenizer that the run in {out_dir} has")
     if model and not state and find_tokenizer(model).spec != meta["tokenizer"]:
         command = f"python prepare.py TEXT --tokenizer={model} --out_dir={config.data_dir}"
         raise ValueError(f"{data}: not in the tokens of {model}; prepare it again:  {command}")
@@ -707,41 +696,6 @@ def plan(given: dict) -> None:
     meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
     resolve(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
     describe(config, meta, world_size)
-
-
-def main(argv: list[str]) -> None:
-    given = parse_args(TrainConfig, argv, __doc__)
-    if given.get("dry_run"):
-        plan(given)
-        return
-    join_processes(given.get("timeout", TrainConfig.timeout))
-    config, meta, state = from_first(lambda: find_run(given))
-    try:
-        manager = TrainManager(config, meta, state)
-        del state  # as large as the model and its optimizer
-        status = run_training(manager, given)
-        if dist.is_initialized():
-            dist.barrier()  # who leaves early would look dead to the others
-    except (RuntimeError, MemoryError) as problem:
-        if (words := explain(problem, config)) is None:
-            raise
-        raise ValueError(words) from None
-    if status:
-        sys.exit(status)
-
-
-def explain(problem: Exception, c: TrainConfig) -> str | None:
-    """What happened and what to do, where torch's own words do not say it."""
-    if out_of_memory(problem):
-        keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
-        values = ", ".join(f"--{key}={getattr(c, key)}" for key in keys)
-        return f"out of memory on {c.device}; lower one of {values}"
-    if dist.is_initialized() and re.search(
-        "gloo|nccl|peer|connection|timed out", str(problem), re.IGNORECASE
-    ):
-        reason = str(problem).splitlines()[0]
-        return f"another process of this run died, or was silent for --timeout={c.timeout} seconds ({reason})"
-    return None
 
 
 def run_training(manager: TrainManager, given: dict) -> int:
@@ -777,6 +731,32 @@ def run_training(manager: TrainManager, given: dict) -> int:
         f"train on:     {again} --max_steps={2 * config.max_steps}"
     )
     return 0
+
+
+def main(argv: list[str]) -> None:
+    given = parse_args(TrainConfig, argv, __doc__)
+    if given.get("dry_run"):
+        plan(given)
+        return
+    join_processes(given.get("timeout", TrainConfig.timeout))
+    config, meta, state = from_first(lambda: find_run(given))
+    try:
+        manager = TrainManager(config, meta, state)
+        del state  # as large as the model and its optimizer
+        status = run_training(manager, given)
+        if dist.is_initialized():
+            dist.barrier()  # who leaves early would look dead to the others
+    except (RuntimeError, MemoryError) as problem:  # say what happened where torch's own words do not
+        if out_of_memory(problem):
+            keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
+            values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
+            raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
+        if dist.is_initialized() and re.search("(?i)gloo|nccl|peer|connection|timed out", str(problem)):
+            lost = f"another process of this run died, or was silent for --timeout={config.timeout} seconds"
+            raise ValueError(f"{lost} ({str(problem).splitlines()[0]})") from None
+        raise
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
