@@ -626,17 +626,6 @@ def new_config(given: dict) -> TrainConfig:
     return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, which takes a compiler beside torch; a warning where it does not."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as problem:  # each backend fails in a way of its own
-        reason = (str(problem) or type(problem).__name__).splitlines()[0]
-        print(f"warning: torch.compile does not work here ({reason}); running eagerly")
-        return False
-    return True
-
-
 def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     """Put in c what "auto" and None become here: checkpoints and metrics.jsonl record it."""
     c.vocab_size = c.vocab_size or meta["vocab_size"]
@@ -653,12 +642,17 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
         reason = f"does not divide among {world_size} processes; {least} would"
         raise ValueError(f"--batch_size={c.batch_size}: {reason}")
     if c.fsdp and not dist.is_initialized() and not c.dry_run:
-        raise ValueError(
-            "--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py ..."
-        )
+        raise ValueError("--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py")
     if c.fsdp and c.dtype == "float16":
         raise ValueError("--fsdp=True: needs --dtype=bfloat16 or float32; float16 needs a scaler of its own")
-    c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
+    c.compile = device.type == "cuda" if c.compile == "auto" else c.compile
+    if c.compile:
+        try:  # it takes a compiler beside torch
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        except Exception as problem:  # each backend fails in a way of its own
+            reason = (str(problem) or type(problem).__name__).splitlines()[0]
+            print(f"warning: torch.compile does not work here ({reason}); running eagerly")
+            c.compile = False
 
 
 def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
