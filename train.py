@@ -354,10 +354,11 @@ class Loss(nn.Module):
 
 
 def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Put model on the device, or on all → its loss.
+    """Put model on the device, or on all → its loss, to be called.
 
     With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
-    optimizer state, and a block's weights are gathered while it is their turn.
+    optimizer state, a block's weights are gathered while it is their turn, and gradients are averaged after
+    each micro-step: a whole one would not fit.
     """
     loss = Loss(model)
     if c.fsdp:
@@ -464,8 +465,8 @@ class TrainManager:
             if c.dropout:
                 key = np.random.SeedSequence((c.seed, self.step, i, self.rank))
                 torch.manual_seed(key.generate_state(1, np.uint64).item())
-            if self.world_size > 1:  # DDP then averages over the processes once, in the last backward pass
-                self.loss.require_backward_grad_sync = (i + 1) * rows >= len(x)  # FSDP: always, to hold less
+            if self.world_size > 1:  # DDP: average over the processes once, in the last backward pass
+                self.loss.require_backward_grad_sync = (i + 1) * rows >= len(x)
             with self.autocast:
                 loss = self.loss(xi, yi) * (len(xi) / len(x))
             self.scaler.scale(loss).backward()
