@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -93,6 +94,7 @@ class TrainConfig:
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
     checkpoint_interval: int = 500  # updates between checkpoints
     wandb_project: str | None = None  # log to this project of Weights & Biases too
+    wandb_id: str | None = None  # its run there; None: a new one, with which resuming goes on
     # The machine, from here to the end: not part of the run, so that it can be resumed on another
     micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -133,10 +135,14 @@ FIXED_KEYS = SHAPE_KEYS | {"batch_size", "seed", "init_from"}
 # ------------------------------------------------------------------------------------------- What a run takes
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Counted on torch's meta device, where tensors take no memory."""
+def on_meta(config: ModelConfig) -> TransformerLM:
+    """The model on torch's meta device, where tensors take no memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in TransformerLM(config).parameters())
+        return TransformerLM(config)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    return sum(p.numel() for p in on_meta(config).parameters())
 
 
 def flops_per_token(c: TrainConfig) -> int:
@@ -153,8 +159,7 @@ def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.device("meta"):
-        model = TransformerLM(dataclasses.replace(c.model(), num_layers=num_layers))
+    model = on_meta(dataclasses.replace(c.model(), num_layers=num_layers))
     model.to(dtype if c.fsdp else torch.float32)
     autocast = torch.autocast("cpu", dtype, enabled=not c.fsdp and dtype != torch.float32)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -169,17 +174,15 @@ def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
 
 def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes that each process will need, by what for; activations are those of an eager run."""
-
-    def count(layers: int) -> int:
-        return count_parameters(dataclasses.replace(c.model(), num_layers=layers))
-
-    held = count(c.num_layers) // (world_size if c.fsdp else 1)
+    total = count_parameters(c.model())
+    held = total // (world_size if c.fsdp else 1)
     rows = min(c.micro_batch_size or c.batch_size, c.batch_size // world_size)
-    one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))
+    one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))  # each further block keeps as much
     need = {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held}
     need["activations"] = one + (c.num_layers - 1) * (two - one)
     if c.fsdp:  # the block at work and the next, all that is outside of blocks, a block's float32 gradients
-        block, outside = count(2) - count(1), 2 * count(1) - count(2)
+        block = sum(p.numel() for p in on_meta(c.model()).layers[0].parameters())
+        outside = total - c.num_layers * block
         need["gathered"] = (2 * block + outside) * getattr(torch, c.dtype).itemsize + 4 * block
     return need
 
@@ -188,25 +191,22 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
 
 
-def describe(c: TrainConfig, meta: dict | None, world_size: int) -> str:
-    """What is about to run, and what it takes; without data where meta is None."""
-    tokens = c.batch_size * c.context_length
-    lines = [
-        f"model    {count_parameters(c.model()):,} parameters: {c.num_layers} layers, d_model {c.d_model}, "
-        f"{c.num_heads} heads",
-        f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} = {tokens:,} tokens, "
-        f"{flops_per_token(c):,} FLOP a token",
-        f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile else 'eager'}"
-        + (f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""),
-    ]
+def describe(c: TrainConfig, meta: dict | None, world_size: int) -> None:
+    """Print what is about to run, and what it takes; without data where meta is None."""
+    size, tokens = count_parameters(c.model()), c.batch_size * c.context_length
+    print(f"model    {size:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads")
     if meta:
-        data = f"data     {meta['train_tokens']:,} tokens of {meta['source']} (sha256 {meta['sha256'][:12]})"
-        lines.insert(1, f"{data}: {c.max_steps * tokens / meta['train_tokens']:.2f} epochs")
+        epochs = c.max_steps * tokens / meta["train_tokens"]
+        data = f"{meta['train_tokens']:,} tokens of {meta['source']} (sha256 {meta['sha256'][:12]})"
+        print(f"data     {data}: {epochs:.2f} epochs")
+    batch = f"{c.batch_size} x {c.context_length} = {tokens:,} tokens"
+    print(f"run      {c.max_steps:,} updates of {batch}, {flops_per_token(c):,} FLOP a token")
+    ways = f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""
+    print(f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile else 'eager'}{ways}")
     if c.dry_run:
         need = memory(c, world_size)
         parts = " + ".join(f"{name} {gigabytes(size)}" for name, size in need.items())
-        lines.append(f"memory   {gigabytes(sum(need.values()))} GB in each process: {parts}")
-    return "\n".join(lines)
+        print(f"memory   {gigabytes(sum(need.values()))} GB in each process: {parts}")
 
 
 # ---------------------------------------------------------------------------------------------------- Logging
@@ -225,26 +225,34 @@ class Logger:
     def __init__(self, config: TrainConfig, step: int):
         """Go on after update `step`: what metrics.jsonl holds of later ones is cut off."""
         self.config, self.start, self.first_step = config, time.perf_counter(), step
-        self.flops = flops_per_token(config)
+        self.flops, self.width = flops_per_token(config), len(str(config.max_steps))
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
-        path = Path(config.out_dir, "metrics.jsonl")
-        lines = path.read_text().splitlines() if step and path.exists() else []
+        self.path = Path(config.out_dir, "metrics.jsonl")
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
         kept = [line for line in whole if json.loads(line)["step"] <= step]
-        with replacing(path) as file:  # a kill now must not lose the lines that are kept
+        with replacing(self.path) as file:  # a kill now must not lose the lines that are kept
             file.write("".join(f"{line}\n" for line in kept).encode())
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self.wandb = Silent()
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.wandb, keys = Silent(), dataclasses.asdict(config)
         if config.wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config))
+            self.wandb = wandb.init(
+                project=config.wandb_project, id=config.wandb_id, resume="allow", config=keys
+            )
         if not step:
-            self.record(0, config=dataclasses.asdict(config))
+            self.record(0, config=keys)
 
     def record(self, step: int, **values) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values})
+        # What is not finite, as the gradient of an update that float16 skips, is null: JSON has no NaN.
+        self.file.write(json.dumps(json.loads(line, parse_constant=lambda word: None)) + "\n")
         self.wandb.log(values, step=step)
+
+    def say(self, text: str, passing: bool = False) -> None:
+        """Print a line, on a terminal in place of one that was `passing`."""
+        print(f"\r\033[K{text}" if self.live else text, end="" if self.live and passing else "\n", flush=True)
 
     def progress(self, step: int, values: dict) -> None:
         self.record(step, **values)
@@ -253,20 +261,16 @@ class Logger:
         left = int(elapsed / (step - self.first_step) * (c.max_steps - step))
         skipped = f"  skipped {values['skipped']}" if values.get("skipped") else ""
         line = (
-            f"step {step:{len(str(c.max_steps))}}/{c.max_steps}  loss {values['train_loss']:.3f}"
+            f"step {step:{self.width}}/{c.max_steps}  loss {values['train_loss']:.3f}"
             f"  rate {values['lr']:.2e}  gradient {values['grad_norm']:.2f}{skipped}"
             f"  {speed:,.0f} tokens/s  {speed * self.flops / 1e12:.2f} TFLOP/s"
             f"  {left // 60}:{left % 60:02} left"
         )
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.say(line, passing=True)
 
     def evaluation(self, step: int, nats: float, bpb: float, text: str) -> None:
         self.record(step, val_loss=nats, val_bpb=bpb)
-        width = len(str(self.config.max_steps))
-        self.say(f"step {step:{width}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}")
-
-    def say(self, text: str) -> None:
-        print(f"\r\033[K{text}" if self.live else text, flush=True)
+        self.say(f"step {step:{self.width}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}")
 
     def close(self) -> None:
         self.file.close()
@@ -278,17 +282,16 @@ class Logger:
         """Draw the losses in metrics.jsonl to loss.png."""
         from matplotlib.figure import Figure
 
-        path = Path(self.config.out_dir, "metrics.jsonl")
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.subplots()
         for key, style, label in (("train_loss", "-", "training"), ("val_loss", "o-", "validation")):
-            points = np.array([(line["step"], line[key]) for line in lines if key in line]).reshape(-1, 2)
-            axes.plot(*points.T, style, label=label, markersize=4)
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot(*np.array(points, float).reshape(-1, 2).T, style, label=label, markersize=4)
         axes.set(xlabel="update", ylabel="loss, nats per token")
         axes.legend()
         axes.grid(alpha=0.3)
-        figure.savefig(path.with_name("loss.png"), dpi=110)
+        figure.savefig(self.path.with_name("loss.png"), dpi=110)
 
 
 # --------------------------------------------------------------------------------------------- Many processes
@@ -350,12 +353,14 @@ class Loss(nn.Module):
         return self.model.loss(tokens, targets)
 
 
-def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Put model on the device, or on all → (its loss, a switch: average gradients in the next backward?).
+def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Put model on the device, or on all → its loss, to be called.
 
     With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
-    optimizer state, and a block's weights are gathered while it is their turn.
+    optimizer state, a block's weights are gathered while it is their turn, and gradients are averaged after
+    each micro-step: a whole one would not fit.
     """
+    loss = Loss(model)
     if c.fsdp:
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -364,14 +369,13 @@ def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: to
                 part.compile()
             fully_shard(part, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "loss")
-        return model.loss, lambda average: None  # after each micro-step: a whole gradient would not fit
-    loss = Loss(model.to(device))
+        return loss
+    loss.to(device)
     if c.compile:
         loss.compile()
     if not dist.is_initialized():
-        return loss, lambda average: None
-    ddp = nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return ddp, lambda average: setattr(ddp, "require_backward_grad_sync", average)
+        return loss
+    return nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 # --------------------------------------------------------------------------------------------------- Training
@@ -383,10 +387,10 @@ class TrainManager:
     def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
         """A fresh run, or the one that the checkpoint `state` holds."""
         c, self.config, self.meta = config, config, meta
+        self.tokenizer, self.checkpoints = load_tokenizer(meta["tokenizer"]), CheckpointHandler(c.out_dir)
         self.rank, self.world_size = 0, 1
         if dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.tokenizer = load_tokenizer(meta["tokenizer"])
         if c.device.startswith("cuda") and self.world_size > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             c.device = "cuda"  # the one just set
@@ -394,23 +398,21 @@ class TrainManager:
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
         if c.init_from and state is None:
-            shape = {"context_length": c.context_length, "dropout": c.dropout}
-            self.model = load_pretrained(c.init_from, **shape)
+            self.model = load_pretrained(c.init_from, context_length=c.context_length, dropout=c.dropout)
         else:
             self.model = TransformerLM(c.model())
-        self.loss, self.average_gradients = spread(self.model, c, self.device, self.dtype)
+        self.loss = spread(self.model, c, self.device, self.dtype)
         self.params = list(self.model.parameters())
-        matrices, gains = ([p for p in self.params if (p.ndim > 1) is matrix] for matrix in (True, False))
+        matrices = {"params": [p for p in self.params if p.ndim > 1]}
+        gains = {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0}  # do not decay
         rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
-        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]  # gains do not decay
-        self.optimizer = AdamW(groups, rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
+        self.optimizer = AdamW([matrices, gains], rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
         self.compile_optimizer = c.compile and not c.fsdp
         # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.step, self.best_val_loss, self.stop_signal = 0, math.inf, 0
         self.skipped = torch.zeros((), device=self.device)  # updates whose gradient was not finite
-        self.checkpoints = CheckpointHandler(c.out_dir)
         if state is not None:
             self.load(state)
 
@@ -456,14 +458,15 @@ class TrainManager:
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.rate())
-        share = (self.rank, self.world_size)
-        x, y = self.to_device(*self.train_data.batch(self.step - 1, c.batch_size, c.seed, *share))
+        batch = self.train_data.batch(self.step - 1, c.batch_size, c.seed, self.rank, self.world_size)
+        x, y = self.to_device(*batch)
         rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
         for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
             if c.dropout:
                 key = np.random.SeedSequence((c.seed, self.step, i, self.rank))
                 torch.manual_seed(key.generate_state(1, np.uint64).item())
-            self.average_gradients((i + 1) * rows >= len(x))  # over the processes: once an update
+            if self.world_size > 1:  # DDP: average over the processes once, in the last backward pass
+                self.loss.require_backward_grad_sync = (i + 1) * rows >= len(x)
             with self.autocast:
                 loss = self.loss(xi, yi) * (len(xi) / len(x))
             self.scaler.scale(loss).backward()
@@ -567,13 +570,13 @@ class TrainManager:
             if log or validate or save or stop:
                 self.check()
             if log:
+                tokens = (self.step - marked) * c.batch_size * c.context_length
                 values = {
                     "train_loss": over_all(loss.item()) / self.world_size,
                     "lr": self.rate(),
                     "grad_norm": norm.item(),
+                    "tokens_per_second": tokens / (time.perf_counter() - mark),
                 }
-                tokens = (self.step - marked) * c.batch_size * c.context_length
-                values["tokens_per_second"] = tokens / (time.perf_counter() - mark)
                 if self.scaler.is_enabled():
                     values["skipped"] = int(self.skipped)
                 logger.progress(self.step, values)
@@ -590,9 +593,8 @@ class TrainManager:
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def resume_run(given: dict) -> tuple[TrainConfig, dict]:
+def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
     """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
     checkpoints, last, prev = CheckpointHandler(out_dir), Path(out_dir, "last.pt"), Path(out_dir, "prev.pt")
     try:
         state = checkpoints.load("last.pt")
@@ -604,13 +606,12 @@ def resume_run(given: dict) -> tuple[TrainConfig, dict]:
         if last.exists():
             os.replace(last, last.with_name("damaged.pt"))
     if set(state.get("config", ())) != set(KEYS):
-        raise ValueError(f"{out_dir}/last.pt: not made by this version of train.py")
+        raise ValueError(f"{last}: not made by this version of train.py")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
-            raise ValueError(
-                f"--{key}={given[key]}: the run in {out_dir} has {saved[key]}, and resuming keeps it"
-            )
+            kept = f"the run in {out_dir} has {saved[key]}, and resuming keeps it"
+            raise ValueError(f"--{key}={given[key]}: {kept}")
     return TrainConfig(**saved | given), state
 
 
@@ -626,31 +627,6 @@ def new_config(given: dict) -> TrainConfig:
     return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
 
 
-def new_run(given: dict) -> TrainConfig:
-    """The config of a fresh run, in a folder that holds none yet."""
-    config = new_config(given)
-    if any(Path(config.out_dir, name).exists() for name in ("last.pt", "prev.pt")):
-        raise ValueError(
-            f"{config.out_dir} holds a run already; go on with it:  python train.py --resume=True "
-            f"--out_dir={config.out_dir}  or keep it:  python train.py --out_dir={config.out_dir}-2"
-        )
-    if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
-        print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
-        prepare_default(config.data_dir, config.init_from and find_tokenizer(config.init_from))
-    return config
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, which takes a compiler beside torch; a warning where it does not."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as problem:  # each backend fails in a way of its own
-        reason = (str(problem) or type(problem).__name__).splitlines()[0]
-        print(f"warning: torch.compile does not work here ({reason}); running eagerly")
-        return False
-    return True
-
-
 def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     """Put in c what "auto" and None become here: checkpoints and metrics.jsonl record it."""
     c.vocab_size = c.vocab_size or meta["vocab_size"]
@@ -661,90 +637,67 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
     if c.wandb_project:
         importlib.import_module("wandb")  # if it is missing, that is an error now
+        c.wandb_id = c.wandb_id or secrets.token_hex(4)
     if c.batch_size % world_size:
         least = math.ceil(c.batch_size / world_size) * world_size
-        raise ValueError(
-            f"--batch_size={c.batch_size}: does not divide among {world_size} processes; {least} would"
-        )
+        reason = f"does not divide among {world_size} processes; {least} would"
+        raise ValueError(f"--batch_size={c.batch_size}: {reason}")
     if c.fsdp and not dist.is_initialized() and not c.dry_run:
-        raise ValueError(
-            "--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py ..."
-        )
+        raise ValueError("--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py")
     if c.fsdp and c.dtype == "float16":
-        raise ValueError(
-            "--fsdp=True: needs --dtype=bfloat16 or float32; float16 would need a scaler of its own"
-        )
-    c.compile = (device.type == "cuda" if c.compile == "auto" else c.compile) and can_compile(device)
+        raise ValueError("--fsdp=True: needs --dtype=bfloat16 or float32; float16 needs a scaler of its own")
+    c.compile = device.type == "cuda" if c.compile == "auto" else c.compile
+    if c.compile:
+        try:  # it takes a compiler beside torch
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        except Exception as problem:  # each backend fails in a way of its own
+            reason = (str(problem) or type(problem).__name__).splitlines()[0]
+            print(f"warning: torch.compile does not work here ({reason}); running eagerly")
+            c.compile = False
 
 
 def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
     """The config, the data's meta.json, and the checkpoint of the run to go on with, if there is one."""
-    again = given.get("resume", TrainConfig.resume)
-    if again == "auto":
-        folder = Path(given.get("out_dir", TrainConfig.out_dir))
-        again = any((folder / name).exists() for name in ("last.pt", "prev.pt"))
-    config, state = resume_run(given) if again else (new_run(given), None)
+    out_dir, resume = given.get("out_dir", TrainConfig.out_dir), given.get("resume", TrainConfig.resume)
+    begun = any(Path(out_dir, name).exists() for name in ("last.pt", "prev.pt"))
+    if resume is True or (resume == "auto" and begun):
+        config, state = resume_run(given, out_dir)
+    else:
+        config, state = new_config(given), None
+        if begun:
+            raise ValueError(
+                f"{out_dir} holds a run already; go on with it:  python train.py --resume=True "
+                f"--out_dir={out_dir}  or keep it:  python train.py --out_dir={out_dir}-2"
+            )
+        if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
+            print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
+            prepare_default(config.data_dir, config.init_from and find_tokenizer(config.init_from))
     meta = load_meta(config.data_dir)
     resolve(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
     data, model = f"--data_dir={config.data_dir}", config.init_from
     if state and state["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"{data}: not the tokenizer that the run in {config.out_dir} has")
+        raise ValueError(f"{data}: not the tokenizer that the run in {out_dir} has")
     if model and not state and find_tokenizer(model).spec != meta["tokenizer"]:
         command = f"python prepare.py TEXT --tokenizer={model} --out_dir={config.data_dir}"
         raise ValueError(f"{data}: not in the tokens of {model}; prepare it again:  {command}")
     return config, meta, state
 
 
-def plan(given: dict) -> str:
-    """What a run would take, for as many processes as the environment's WORLD_SIZE says; nothing is begun."""
+def plan(given: dict) -> None:
+    """Print what a run would take, for as many processes as WORLD_SIZE in the environment; begin nothing."""
     if given.get("resume"):
         raise ValueError("--dry_run=True: plans a new run; leave out --resume")
     config, world_size = new_config(given), int(os.environ.get("WORLD_SIZE", 1))
     meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
     resolve(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
-    return describe(config, meta, world_size)
-
-
-def main(argv: list[str]) -> None:
-    given = parse_args(TrainConfig, argv, __doc__)
-    if given.get("dry_run"):
-        print(plan(given))
-        return
-    join_processes(given.get("timeout", TrainConfig.timeout))
-    config, meta, state = from_first(lambda: find_run(given))
-    try:
-        manager = TrainManager(config, meta, state)
-        del state  # as large as the model and its optimizer
-        status = run_training(manager, given)
-        if dist.is_initialized():
-            dist.barrier()  # who leaves early would look dead to the others
-    except (RuntimeError, MemoryError) as problem:
-        if (words := explain(problem, config)) is None:
-            raise
-        raise ValueError(words) from None
-    if status:
-        sys.exit(status)
-
-
-def explain(problem: Exception, c: TrainConfig) -> str | None:
-    """What happened and what to do, where torch's own words do not say it."""
-    if out_of_memory(problem):
-        keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
-        values = ", ".join(f"--{key}={getattr(c, key)}" for key in keys)
-        return f"out of memory on {c.device}; lower one of {values}"
-    if dist.is_initialized() and re.search(
-        "gloo|nccl|peer|connection|timed out", str(problem), re.IGNORECASE
-    ):
-        reason = str(problem).splitlines()[0]
-        return f"another process of this run died, or was silent for --timeout={c.timeout} seconds ({reason})"
-    return None
+    describe(config, meta, world_size)
 
 
 def run_training(manager: TrainManager, given: dict) -> int:
     """The run from where it stands to its end, or to a signal → the exit status."""
     config = manager.config
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    print(describe(config, manager.meta, manager.world_size))
+    describe(config, manager.meta, manager.world_size)
     nats = f"{math.log(config.vocab_size):.2f} nats, ln({config.vocab_size})"
     print(f"A loss of {nats}, is a blind guess among all tokens.")
     logger = Logger(config, manager.step) if manager.rank == 0 else Silent()
@@ -773,6 +726,32 @@ def run_training(manager: TrainManager, given: dict) -> int:
         f"train on:     {again} --max_steps={2 * config.max_steps}"
     )
     return 0
+
+
+def main(argv: list[str]) -> None:
+    given = parse_args(TrainConfig, argv, __doc__)
+    if given.get("dry_run"):
+        plan(given)
+        return
+    join_processes(given.get("timeout", TrainConfig.timeout))
+    config, meta, state = from_first(lambda: find_run(given))
+    try:
+        manager = TrainManager(config, meta, state)
+        del state  # as large as the model and its optimizer
+        status = run_training(manager, given)
+        if dist.is_initialized():
+            dist.barrier()  # who leaves early would look dead to the others
+    except (RuntimeError, MemoryError) as problem:  # say what happened where torch's own words do not
+        if out_of_memory(problem):
+            keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
+            values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
+            raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
+        if dist.is_initialized() and re.search("(?i)gloo|nccl|peer|connection|timed out", str(problem)):
+            lost = f"another process of this run died, or was silent for --timeout={config.timeout} seconds"
+            raise ValueError(f"{lost} ({str(problem).splitlines()[0]})") from None
+        raise
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
