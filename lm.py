@@ -42,7 +42,17 @@ from torch.utils.serialization import config as serialization
 
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
-class Linear(nn.Module):
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., d_in), weight (d_out, d_in) → x Wᵀ, (..., d_out)."""
+    rows = x.numel() // x.shape[-1]
+    if rows <= 32 and x.device.type == "cpu" and x.dtype == torch.float32 and len(weight) % 2 == 0:
+        # So few rows, as in generating, one core may multiply alone; halves of W side by side keep two busy.
+        halves = x.reshape(1, rows, -1).expand(2, -1, -1) @ weight.view(2, -1, x.shape[-1]).mT
+        return halves.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Module):  # needs: linear
     """y = x Wᵀ, with no bias.
 
     W starts normally distributed with variance 2 / (d_in + d_out), a compromise between keeping the scale of
@@ -57,7 +67,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -112,9 +122,10 @@ class RoPE(nn.Module):
         self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (..., T, K) of positions (T,), integers in 0 … context_length-1 → (..., T, K)."""
-        cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """x (..., T, K), at the positions start … start + T-1, all below context_length → (..., T, K)."""
+        end = start + x.shape[-2]
+        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by K/2, each meets its partner
 
 
@@ -180,7 +191,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
 
 
-class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
+class MultiheadSelfAttention(nn.Module):  # needs: linear, Linear, RoPE, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K features, mixed by a last projection.
 
     With G < H heads of keys and values (grouped-query attention), the cache is H / G times smaller.
@@ -196,13 +207,14 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
         self.o_proj = Linear(num_heads * self.head_dim, d_model)
         self.rope = rope
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) whose tokens stand at positions (T,) → (B, T, D); a cache is read and extended."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D). With a cache, x follows the tokens in it, sees them, and is added."""
         # All heads by one product, queries and keys turned as one: a bfloat16 step is 1.2 times as fast.
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        qkv = F.linear(x, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
+        qkv = linear(x, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
         qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
-        q, k = self.rope(qk, positions).split((self.num_heads, self.num_kv_heads), 1)
+        start = 0 if cache is None else cache.length
+        q, k = self.rope(qk, start).split((self.num_heads, self.num_kv_heads), 1)
         if cache is not None:
             k, v = cache.update(k, v)
         if (group := q.shape[1] // k.shape[1]) > 1:  # (B, G, S, K) → (B, H, S, K)
@@ -228,10 +240,10 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
         self.mlp = SwiGLU(d_model, d_ff)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) whose tokens stand at positions (T,) → (B, T, D)."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         p = self.dropout if self.training and cache is None else 0.0  # no dropout while generating
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), positions, cache), p)
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cache), p)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), p)
 
 
@@ -254,13 +266,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = min(4096, max(256, 2**24 // len(w)))  # at most 64 MiB of float32 logits, for V up to 65,536
         for start in range(0, len(x), rows):
             chunk, target = x[start : start + rows], targets[start : start + rows]
-            logits = (chunk @ w.T).float()  # (rows, V)
-            logits -= logits.logsumexp(-1, keepdim=True)  # now log-probabilities
-            total -= logits.gather(-1, target[:, None]).sum()
+            log_probs = F.log_softmax(chunk @ w.T, -1, dtype=torch.float32)  # (rows, V)
+            total -= log_probs.gather(-1, target[:, None]).sum()
             if with_grad:
-                error = logits.exp_()  # after the next line, softmax - onehot, which float16 can hold
-                error[torch.arange(len(target), device=x.device), target] -= 1
-                error = error.to(x.dtype)
+                error = log_probs.exp_().scatter_(-1, target[:, None], -1.0, reduce="add")
+                error = error.to(x.dtype)  # softmax - onehot, which float16 can hold
                 dx[start : start + rows] = error @ w
                 dw += error.T @ chunk
         return total / len(x)
@@ -300,11 +310,11 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
         raise ValueError(f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, up to 1")
     if temperature == 0:
         return logits.argmax(-1)
-    # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
-    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     ids = None
     if top_k < V or top_p < 1:
         logits, ids = logits.topk(min(top_k, V))  # (B, k), in descending order
+    # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     probs = logits.softmax(-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
@@ -377,10 +387,9 @@ class TransformerLM(nn.Module):  # needs: everything above
         T, limit = tokens.shape[1], self.config.context_length
         if start + T > limit:
             raise ValueError(f"{start + T} tokens are more than the context_length of {limit}")
-        positions = torch.arange(start, start + T, device=tokens.device)
         x = self.embed_tokens(tokens)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x = layer(x, positions, cache)
+            x = layer(x, cache)
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -396,14 +405,6 @@ class TransformerLM(nn.Module):  # needs: everything above
         c, weight = self.config, self.lm_head.weight
         shape = (batch_size, c.num_kv_heads, c.context_length, c.d_model // c.num_heads)
         return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
-
-    def last_logits(self, x: Tensor) -> Tensor:
-        """lm_head of x (B, D), the last positions alone → logits (B, V)."""
-        W = self.lm_head.weight
-        if x.device.type == "cpu" and x.dtype == torch.float32 and len(W) % 2 == 0:
-            # BLAS may read W with one core for one row; two halves side by side are read by two or more.
-            return (x.expand(2, -1, -1) @ W.view(2, -1, x.shape[1]).mT).transpose(0, 1).flatten(1)
-        return self.lm_head(x)
 
     @torch.inference_mode()
     def stream(
@@ -425,7 +426,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         for end in range(P, P + max_new_tokens):
             if caches[0].length == T:
                 caches, unread = self.new_caches(B), tokens[:, end - max(1, T // 2) : end]
-            logits = self.last_logits(self.hidden(unread, caches)[:, -1])
+            logits = self.lm_head(self.hidden(unread, caches)[:, -1])
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(done, eos_id)
@@ -464,7 +465,9 @@ class AdamW(torch.optim.Optimizer):
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
             step = group.get("step", torch.zeros((), device=group["params"][0].device))
             group["step"] = t = step + 1
-            decay, rate, correction = 1 - lr * group["weight_decay"], lr / (1 - beta1**t), 1 - beta2**t
+            # Stacked, the powers are computed once, and not in the innermost loop of a compiled step.
+            correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
+            decay, rate = 1 - lr * group["weight_decay"], lr / correction1
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -475,7 +478,7 @@ class AdamW(torch.optim.Optimizer):
                 param.mul_(decay)
                 m.lerp_(g, 1 - beta1)
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                param.addcmul_(m / (v / correction).sqrt_().add_(eps), rate, value=-1)
+                param.addcmul_(m / (v / correction2).sqrt_().add_(eps), rate, value=-1)
         return loss
 
 
