@@ -20,8 +20,8 @@ Legend, used in every shape:
     H  heads (of queries)                             S  time of keys and values: T and what is cached before
     K  head size, D / H                               N  B · T, all tokens of a batch in one row
 Tokens are integers that stand for pieces of text. The residual stream is the vector of each token that all
-blocks read and add to. Logits are scores of what may come next; softmax makes probabilities of them. The loss
-is the mean of -ln(probability of the true next token), in nats.
+blocks read and add to. Logits are scores z of what may come next; softmax, exp(z_i) / Σ exp(z_j), makes them
+probabilities. The loss is the mean of -ln(probability of the true next token), in nats.
 """
 
 import contextlib
@@ -42,17 +42,7 @@ from torch.utils.serialization import config as serialization
 
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., d_in), weight (d_out, d_in) → x Wᵀ, (..., d_out)."""
-    rows = x.numel() // x.shape[-1]
-    if rows <= 32 and x.device.type == "cpu" and x.dtype == torch.float32 and len(weight) % 2 == 0:
-        # So few rows, as in generating, one core may multiply alone; halves of W side by side keep two busy.
-        halves = x.reshape(1, rows, -1).expand(2, -1, -1) @ weight.view(2, -1, x.shape[-1]).mT
-        return halves.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-class Linear(nn.Module):  # needs: linear
+class Linear(nn.Module):
     """y = x Wᵀ, with no bias.
 
     W starts normally distributed with variance 2 / (d_in + d_out), a compromise between keeping the scale of
@@ -67,11 +57,16 @@ class Linear(nn.Module):  # needs: linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
-        return linear(x, self.weight)
+        W, d_in, rows = self.weight, x.shape[-1], x.numel() // x.shape[-1]
+        if rows <= 32 and x.device.type == "cpu" and x.dtype == torch.float32 and len(W) % 2 == 0:
+            # So few rows, as in generating, may be left to one core; halves of W side by side keep two busy.
+            halves = x.reshape(1, rows, d_in).expand(2, -1, -1) @ W.view(2, -1, d_in).mT  # (2, rows, d_out/2)
+            return halves.transpose(0, 1).reshape(*x.shape[:-1], len(W))
+        return F.linear(x, W)
 
 
 class Embedding(nn.Module):
-    """A table with a row of D numbers for each token. They start at σ = 1, which RMSNorm leaves as it is."""
+    """A table with a row of D numbers for each token. They start at σ = 1, the scale of RMSNorm."""
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
@@ -110,7 +105,8 @@ class RoPE(nn.Module):
         x_j       ← x_j·cos - x_{j+K/2}·sin
         x_{j+K/2} ← x_{j+K/2}·cos + x_j·sin
 
-    for j = 0 … K/2-1. The dot product of two vectors so rotated depends on the distance of their positions.
+    for j = 0 … K/2-1. The dot product of two vectors so rotated knows nothing of their positions but how far
+    apart they are.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; the pairs are those of Hugging Face's Llama.
     """
 
@@ -123,8 +119,10 @@ class RoPE(nn.Module):
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (..., T, K), at the positions start … start + T-1, all below context_length → (..., T, K)."""
+        """x (..., T, K) at the positions start … start + T-1 → (..., T, K). Past the table: ValueError."""
         end = start + x.shape[-2]
+        if end > len(self.cos):  # a shorter slice might be broadcast, without a word
+            raise ValueError(f"{end} tokens are more than the context_length of {len(self.cos)}")
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by K/2, each meets its partner
 
@@ -133,6 +131,7 @@ class RoPE(nn.Module):
 class SwiGLU(nn.Module):  # needs: Linear
     """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x): a gate says how much of each inner feature passes.
 
+    silu(z) = z · sigmoid(z); ⊙ multiplies feature by feature.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
@@ -173,7 +172,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
-    T, S = q.shape[2], k.shape[2]  # future: -inf where the key comes after the query, else 0
+    T, S = q.shape[2], k.shape[2]
+    # -inf where the key comes after the query, of which softmax makes 0; else 0
     future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     scores = (q / math.sqrt(q.shape[3])) @ k.mT + future  # (B, H, T, S)
     return scores.softmax(-1) @ v
@@ -182,8 +182,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
     """The same, by whichever is faster: the lines above, or torch's kernel, which never holds all scores.
 
-    The kernel's causal mask is right for T = S, and one query needs no mask. In bfloat16 on a CPU the plain
-    lines won up to T = 512, except for one query: the kernel generated batches of 16 1.3 times as fast.
+    The kernel aligns its mask with the first key, not the last, so that it is right for T = S alone; a single
+    query needs no mask. In bfloat16 on a CPU the plain lines won up to T = 512, but not for a single query.
     """
     T, S = q.shape[2], k.shape[2]
     if T > 1 and (T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512)):
@@ -191,7 +191,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
 
 
-class MultiheadSelfAttention(nn.Module):  # needs: linear, Linear, RoPE, KVCache, attention, fast_attention
+class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K features, mixed by a last projection.
 
     With G < H heads of keys and values (grouped-query attention), the cache is H / G times smaller.
@@ -209,11 +209,13 @@ class MultiheadSelfAttention(nn.Module):  # needs: linear, Linear, RoPE, KVCache
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D). With a cache, x follows the tokens in it, sees them, and is added."""
-        # All heads by one product, queries and keys turned as one: a bfloat16 step is 1.2 times as fast.
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        qkv = linear(x, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
+        if cache is None:  # all heads by one product: a small model's update on a CPU is 1.05 times as fast
+            start, weights = 0, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+            qkv = F.linear(x, torch.cat(weights))
+        else:  # a token at a time: to copy the weights would take longer than to multiply by them
+            start, qkv = cache.length, torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
         qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
-        start = 0 if cache is None else cache.length
         q, k = self.rope(qk, start).split((self.num_heads, self.num_kv_heads), 1)
         if cache is not None:
             k, v = cache.update(k, v)
@@ -308,19 +310,17 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
     top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
     if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
         raise ValueError(f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, up to 1")
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so near that to divide by it might overflow
         return logits.argmax(-1)
     ids = None
     if top_k < V or top_p < 1:
         logits, ids = logits.topk(min(top_k, V))  # (B, k), in descending order
-    # The largest becomes 0 first: a tiny temperature then sends the others to -inf, instead of all to inf.
-    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    probs = logits.softmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before >= top_p, 0.0)
-    # argmax(p / Exp(1)) is distributed as p, like the winner of a race between exponential clocks, and unlike
-    # torch.multinomial never waits for the GPU. The clamp: a clock that shows 0 would make 0 / 0 of p = 0.
+    # argmax(p / Exp(1)) is distributed as p, like the winner of a race between exponential clocks (its log is
+    # the Gumbel-max trick); torch.multinomial would wait for the GPU. Clamped, no clock makes 0 / 0 of p = 0.
     clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
     choice = (probs / clocks).argmax(-1, keepdim=True)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
@@ -337,7 +337,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = None  # None: 8/3 · d_model, so that three matrices cost as two of 4 · d_model would
+    d_ff: int | None = None  # None: 8/3 · d_model: 3 such matrices cost as much as 2 of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix serves as embedding and as output
@@ -382,11 +382,10 @@ class TransformerLM(nn.Module):  # needs: everything above
                 layer.mlp.down_proj.weight /= math.sqrt(2 * c.num_layers)
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """tokens (B, T), int64 → what the last layer makes of each, (B, T, D); T ≤ context_length."""
-        start = caches[0].length if caches else 0
-        T, limit = tokens.shape[1], self.config.context_length
-        if start + T > limit:
-            raise ValueError(f"{start + T} tokens are more than the context_length of {limit}")
+        """tokens (B, T), int64 → the residual stream after all blocks, normed, (B, T, D).
+
+        Raises ValueError for more tokens, those in the caches included, than context_length.
+        """
         x = self.embed_tokens(tokens)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             x = layer(x, cache)
@@ -419,6 +418,8 @@ class TransformerLM(nn.Module):  # needs: everything above
         (B, P), T = prompt.shape, self.config.context_length
         if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             raise ValueError(f"the prompt must hold tokens, each from 0 to {self.config.vocab_size - 1}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
         tokens = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), 1)
         caches = self.new_caches(B)
         done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
@@ -446,13 +447,14 @@ class TransformerLM(nn.Module):  # needs: everything above
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay, for parameters θ with gradients g at step t:
 
-        θ ← θ - η·λ·θ                            decay; give gains a group with weight_decay=0
+        θ ← θ - η·λ·θ                            decay; give RMSNorm's gains a group with weight_decay=0
         m ← β₁·m + (1 - β₁)·g                    mean of the gradients
         v ← β₂·v + (1 - β₂)·g²                   mean of their squares
         θ ← θ - η·(m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
-    t is counted once a group. lr may be a 0-d tensor: `torch.compile(optimizer.step)` then serves every rate.
+    t is counted once a group: all its parameters should have gradients from its first step on. lr may be a
+    0-d tensor: `torch.compile(optimizer.step)` then serves every rate.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
@@ -462,6 +464,8 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
+            if not group["params"]:
+                continue
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
             step = group.get("step", torch.zeros((), device=group["params"][0].device))
             group["step"] = t = step + 1
@@ -509,14 +513,13 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         self.path, self.context_length, self.vocab_size = Path(path), context_length, vocab_size
         self.dtype = dtype = np.dtype(dtype).newbyteorder("<")
         count, rest = divmod(size := self.path.stat().st_size, dtype.itemsize)
+        window = context_length + 1  # x and y are the same tokens, one apart
         if rest:
             raise ValueError(f"{path}: {size:,} bytes are no whole number of {dtype.name}s; prepare it again")
-        if count <= context_length:
-            raise ValueError(
-                f"{path}: {count:,} tokens are fewer than context_length + 1 = {context_length + 1}"
-            )
+        if count < window:
+            raise ValueError(f"{path}: {count:,} tokens are fewer than context_length + 1 = {window}")
         self.tokens = np.memmap(self.path, dtype, mode="r")
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, context_length + 1)  # no copy
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, window)  # no copy
         self.num_windows = max(1, (count - context_length) // context_length)  # room to shift by up to T - 1
 
     def __reduce__(self):
@@ -530,15 +533,16 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         """Window `index` → (x, y), each (T,), int64, y one token ahead of x."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        return tuple(rows[0] for rows in self.windows(np.array([index * self.context_length])))
+        x, y = self.windows(np.array([index * self.context_length]))
+        return x[0], y[0]
 
     def windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """The windows that begin at the tokens `starts` (B,) → (x, y), each (B, T), int64."""
         rows = self.rows[starts]
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
-            token = f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}"
-            raise ValueError(f"{token}, but the vocabulary has {self.vocab_size} entries; prepare it again")
+            found = f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}"
+            raise ValueError(f"{found}, but the vocabulary has {self.vocab_size} entries; prepare it again")
         tokens = torch.from_numpy(rows.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -560,7 +564,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
 
     def _shuffle(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """π(places), int64, for the permutation π that six random keys, uint64, make."""
-        bits = max(1, (self.num_windows - 1).bit_length())
+        bits = (self.num_windows - 1).bit_length()
         mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
         x, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
         while outside.any():
@@ -585,7 +589,7 @@ def replacing(path: str | os.PathLike) -> Iterator:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:
-        # torch.save makes a RuntimeError of the OSError that it met, and a full disk does not name the file.
+        # torch.save wraps the OSError that it met in a RuntimeError; that of a full disk has no file's name.
         cause = problem if isinstance(problem, OSError) else problem.__context__
         if not isinstance(cause, OSError):
             raise
@@ -664,14 +668,14 @@ def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
     # needs: ModelConfig, LLAMA_SHAPE, LLAMA_KIND, NO_EFFECT
     """The shape of the Llama in a Hugging Face folder, with changes. Raises OSError or ValueError."""
     path = Path(folder, "config.json")
-    absent = {"model_type": "absent", "rms_norm_eps": 1e-6}  # transformers' default
+    absent = {"model_type": "absent", "rms_norm_eps": 1e-6}  # no Llama, so refused; transformers' default
     try:
         fields = absent | json.loads(path.read_text())
         fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
         shape = {LLAMA_SHAPE[name]: fields.pop(name) for name in LLAMA_SHAPE.keys() & fields.keys()}
         config = ModelConfig(**shape | changes)
     except (KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{path}: not understood: {problem!r}") from None
+        raise ValueError(f"{path}, with {changes}: not understood: {problem!r}") from None
     known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1}
     known["head_dim"] = config.d_model // config.num_heads
     for name, value in fields.items():  # each must be known here, or null, false or 0
