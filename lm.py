@@ -105,8 +105,7 @@ class RoPE(nn.Module):
         x_j       ← x_j·cos - x_{j+K/2}·sin
         x_{j+K/2} ← x_{j+K/2}·cos + x_j·sin
 
-    for j = 0 … K/2-1. The dot product of two vectors so rotated knows nothing of their positions but how far
-    apart they are.
+    for j = 0 … K/2-1. The dot product of two vectors so rotated depends on how far apart they are, not where.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; the pairs are those of Hugging Face's Llama.
     """
 
@@ -382,10 +381,7 @@ class TransformerLM(nn.Module):  # needs: everything above
                 layer.mlp.down_proj.weight /= math.sqrt(2 * c.num_layers)
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """tokens (B, T), int64 → the residual stream after all blocks, normed, (B, T, D).
-
-        Raises ValueError for more tokens, those in the caches included, than context_length.
-        """
+        """tokens (B, T), int64 → what the blocks make of them, normed, (B, T, D); T ≤ context_length."""
         x = self.embed_tokens(tokens)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             x = layer(x, cache)
@@ -415,11 +411,10 @@ class TransformerLM(nn.Module):  # needs: everything above
         last half is read again into empty caches. temperature, top_k, top_p: as for sample_token. Raises
         ValueError, at the first token, for what is out of range. The tokens are inference tensors.
         """
-        (B, P), T = prompt.shape, self.config.context_length
-        if not P or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
-            raise ValueError(f"the prompt must hold tokens, each from 0 to {self.config.vocab_size - 1}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        (B, P), T, V = prompt.shape, self.config.context_length, self.config.vocab_size
+        if max_new_tokens < 0 or not P or prompt.min() < 0 or prompt.max() >= V:
+            wanted = f"the prompt must hold tokens, each from 0 to {V - 1}"
+            raise ValueError(f"{wanted}, and {max_new_tokens=} be at least 0")
         tokens = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), 1)
         caches = self.new_caches(B)
         done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
@@ -467,8 +462,7 @@ class AdamW(torch.optim.Optimizer):
             if not group["params"]:
                 continue
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-            step = group.get("step", torch.zeros((), device=group["params"][0].device))
-            group["step"] = t = step + 1
+            group["step"] = t = group.get("step", torch.zeros((), device=group["params"][0].device)) + 1
             # Stacked, the powers are computed once, and not in the innermost loop of a compiled step.
             correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
             decay, rate = 1 - lr * group["weight_decay"], lr / correction1
