@@ -1,6 +1,6 @@
 """Text in, text out: continue a prompt with a trained model.
 
-python sample.py                               # asks for prompts, until Ctrl-D
+python sample.py                               # asks for prompts, until Ctrl-D; or reads one, piped in
 python sample.py --prompt="def "
 python sample.py --checkpoint=out-notes/best.pt --prompt=@opening.txt --temperature=1 --num_samples=3
 python sample.py --export=FOLDER               # writes the model for Hugging Face's transformers
@@ -39,6 +39,8 @@ class SampleConfig:
 
 def load_model(path: str) -> tuple:
     """The model and the tokenizer of a checkpoint or of a Hugging Face folder, on the CPU."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: not there; train a model:  python train.py  or name another --checkpoint")
     if Path(path).is_dir():
         return load_pretrained(path).eval(), find_tokenizer(path)
     state = CheckpointHandler(Path(path).parent).load(Path(path).name)
@@ -70,14 +72,14 @@ def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, gener
     start, made = time.perf_counter(), 0
     sampling = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "generator": generator}
     for i in range(c.num_samples):
-        print(f"\n---\n{shown}" if i else shown, end="", flush=True)
         stream = model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
         drawn = (token.item() for token in stream)
         text = tokenizer.decode(token for token in drawn if token != tokenizer.eos_id)
-        for piece in text:
+        first = next(text)  # settings out of range are refused here, before the prompt is shown
+        print("\n---\n" * (i > 0) + shown + first, end="", flush=True)
+        for piece in text:  # one for each token: the last is the end of what was held back
             print(piece, end="", flush=True)
             made += 1
-        made -= 1  # the last piece is no token's, but the end of what was held back
         print()
     seconds = time.perf_counter() - start
     print(f"{made:,} tokens, {made / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> None:
                 speak(model, tokenizer, os.fsencode(input("prompt> ")), c, generator)
         print()
     else:
-        speak(model, tokenizer, read_prompt(c.prompt or ""), c, generator)
+        speak(model, tokenizer, read_prompt("-" if c.prompt is None else c.prompt), c, generator)
 
 
 if __name__ == "__main__":
