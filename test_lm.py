@@ -68,6 +68,17 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def same(a, b):
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def tiny(**changes) -> TransformerLM:
     shape = {"vocab_size": 61, "context_length": 16, "d_model": 32, "num_layers": 2, "num_heads": 4}
     return TransformerLM(ModelConfig(**shape | changes))
@@ -395,13 +406,35 @@ def test_top_p_of_one_forms_no_sum_that_could_lose_tokens(monkeypatch):
         sample_token(torch.zeros(2, 9), top_p=0.9)
 
 
-@pytest.mark.parametrize(
-    "name,value",
-    [("temperature", -1), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1)],
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True), st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_sufficient_set(weights, p):
+    probs, order = torch.tensor(weights, dtype=torch.float64).div(sum(weights)).sort(descending=True)
+    before = probs.cumsum(0) - probs
+    assume((probs.cumsum(0) - p).abs().min() > 1e-5)  # a float32 sum cannot tell
+    logits = torch.tensor(weights).log().expand(600, -1)
+    seen = set(sample_token(logits, top_p=p).tolist())
+    assert order[0].item() in seen and seen <= set(order[before < p].tolist())
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
+    st.floats(),
+    st.none() | st.integers(),
+    st.none() | st.floats(),
 )
-def test_settings_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value} must be|, .*{name}={value} "):
-        sample_token(torch.zeros(1, 5), **{name: value})
+@example([0.0] * 5, -1.0, None, None)
+@example([0.0] * 5, math.nan, None, None)
+@example([0.0] * 5, 1.0, 0, None)
+@example([0.0] * 5, 1.0, None, 0.0)
+@example([0.0] * 5, 1.0, None, 1.1)
+def test_any_sampling_settings_draw_a_token_or_are_refused_where_out_of_range(
+    logits, temperature, top_k, top_p
+):
+    within = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    refused = pytest.raises(ValueError, match=r"temperature=.* must be at least 0, .* up to 1")
+    with contextlib.nullcontext() if within else refused:
+        token = sample_token(torch.tensor([logits]), temperature, top_k, top_p)
+        assert token.shape == (1,) and 0 <= token < len(logits)
 
 
 # ------------------------------------------------------------------------------------------- stream, generate
@@ -584,6 +617,24 @@ def test_files_that_are_not_what_they_seem_are_refused(tmp_path):
     assert data[4][1].max() == 40
 
 
+@given(
+    st.binary(min_size=1, max_size=400),
+    st.integers(1, 40),
+    st.sampled_from(["uint8", "uint16", "uint32"]),
+    st.integers(0, 9),
+    st.integers(1, 300),
+)
+def test_any_token_file_gives_batches_or_is_refused(tmp_path_factory, content, T, dtype, step, vocab_size):
+    path = tmp_path_factory.mktemp("tokens") / "t.bin"
+    path.write_bytes(content)
+    try:
+        x, y = MemmapTokenDataset(path, T, dtype, vocab_size).batch(step, 4, seed=step)
+        assert x.shape == y.shape == (4, T) and torch.equal(x[:, 1:], y[:, :-1])
+        assert x.min() >= 0 and max(x.max(), y.max()) < vocab_size
+    except ValueError as problem:
+        assert "t.bin: " in str(problem)
+
+
 # ------------------------------------------------------------------------------------------ CheckpointHandler
 
 
@@ -593,17 +644,6 @@ def test_a_checkpoint_returns_what_was_saved(tmp_path):
     handler.save("a.pt", state)
     assert same(handler.load("a.pt"), state) and os.listdir(tmp_path / "new") == ["a.pt"]
     assert same(torch.load(tmp_path / "new/a.pt"), state)  # the checksum does not disturb torch
-
-
-def same(a, b):
-    """Equal to the last bit, however nested."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 class Evil:
@@ -629,6 +669,14 @@ def test_damage_and_code_are_refused_and_the_file_is_named(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"evil\.pt: no checkpoint"):
         handler.load("evil.pt")
     assert not Path("ran").exists()
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, content, sealed):
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "x.pt").write_bytes(content + (zlib.crc32(content).to_bytes(4, "little") if sealed else b""))
+    with pytest.raises(ValueError, match=r"x\.pt"):
+        CheckpointHandler(folder).load("x.pt")
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
@@ -848,6 +896,26 @@ def test_keys_that_cannot_be_understood_are_refused(arg, message):
         prepare.parse_args(train.TrainConfig, [arg], "")
 
 
+words = st.text(st.characters(codec="utf-8"), max_size=12)
+
+
+keys = st.sampled_from([f.name for f in train.TrainConfig.__dataclass_fields__.values()])
+
+
+numbers = st.one_of(st.integers(), st.floats(), words, st.sampled_from(["none", "auto", "1e4", "-1", "nan"]))
+
+
+@given(st.lists(st.one_of(words, st.builds("--{}={}".format, keys, numbers)), max_size=6))
+def test_any_command_line_is_a_config_or_one_error(argv):
+    argv = [arg for arg in argv if arg not in ("-h", "--help")]
+    try:
+        c = train.TrainConfig(**prepare.parse_args(train.TrainConfig, argv, ""))
+        c.vocab_size = c.vocab_size or 256
+        assert c.model().d_model % c.num_heads == 0 and c.batch_size >= 1 and 0 < c.max_lr < math.inf
+    except ValueError as problem:
+        assert "\n" not in str(problem).strip("\n") or any("\n" in arg for arg in argv)
+
+
 @pytest.mark.parametrize("script,config", [(prepare, "Prepare"), (train, "Train"), (sample, "Sample")])
 def test_help_lists_every_key_with_its_default_and_meaning(script, config, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -1053,6 +1121,26 @@ def test_a_missing_or_damaged_meta_json_is_refused(tmp_path):
     (tmp_path / "meta.json").touch()
     with pytest.raises(ValueError, match=r"meta\.json: damaged .*prepare"):
         prepare.load_meta(tmp_path)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner) | st.dictionaries(words, inner),
+)
+
+
+@given(anything, st.data())
+def test_any_meta_json_is_read_or_refused(tmp_path_factory, value, data):
+    good = {"tokenizer": {"kind": "bytes"}, "dtype": "uint8", "source": "x", "sha256": "y"}
+    good |= {"vocab_size": 256, "eos_id": 0}
+    good |= dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes"), 100)
+    path = tmp_path_factory.mktemp("meta") / "meta.json"
+    for content in (value, good | {data.draw(st.sampled_from(sorted(good))): value}):
+        path.write_text(json.dumps(content))
+        try:
+            assert prepare.load_meta(path.parent).keys() >= good.keys()
+        except ValueError as problem:
+            assert "meta.json: damaged" in str(problem)
 
 
 # --------------------------------------------------------------------------------------------------- train.py
@@ -1810,100 +1898,6 @@ def test_one_line_errors_end_with_status_2_and_bugs_keep_their_traceback():
             ended(raising(bug))
 
 
-# -------------------------------------------------------------------------------------------------- Fuzzing
-
-words = st.text(st.characters(codec="utf-8"), max_size=12)
-keys = st.sampled_from([f.name for f in train.TrainConfig.__dataclass_fields__.values()])
-numbers = st.one_of(st.integers(), st.floats(), words, st.sampled_from(["none", "auto", "1e4", "-1", "nan"]))
-
-
-@given(st.lists(st.one_of(words, st.builds("--{}={}".format, keys, numbers)), max_size=6))
-def test_any_command_line_is_a_config_or_one_error(argv):
-    argv = [arg for arg in argv if arg not in ("-h", "--help")]
-    try:
-        config = train.TrainConfig(**prepare.parse_args(train.TrainConfig, argv, ""))
-        config.vocab_size = config.vocab_size or 256
-        assert (
-            config.model().d_model % config.num_heads == 0
-            and config.batch_size >= 1
-            and 0 < config.max_lr < math.inf
-        )
-    except ValueError as problem:
-        assert "\n" not in str(problem).strip("\n") or any("\n" in arg for arg in argv)
-
-
-@given(
-    st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), words),
-        lambda x: st.lists(x) | st.dictionaries(words, x),
-    ),
-    st.data(),
-)
-def test_any_meta_json_is_read_or_refused(tmp_path_factory, value, data):
-    folder = tmp_path_factory.mktemp("meta")
-    good = {
-        "tokenizer": {"kind": "bytes"},
-        "vocab_size": 256,
-        "eos_id": 0,
-        "dtype": "uint8",
-        "source": "x",
-        "sha256": "y",
-    }
-    good |= dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes"), 100)
-    changed = good | {data.draw(st.sampled_from(sorted(good))): value}
-    for content in (value, changed):
-        (folder / "meta.json").write_text(json.dumps(content))
-        try:
-            assert prepare.load_meta(folder).keys() >= good.keys()
-        except ValueError as problem:
-            assert "meta.json: damaged" in str(problem)
-
-
-@given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, content, sealed):
-    folder = tmp_path_factory.mktemp("bytes")
-    (folder / "x.pt").write_bytes(content + (zlib.crc32(content).to_bytes(4, "little") if sealed else b""))
-    with pytest.raises(ValueError, match=r"x\.pt"):
-        CheckpointHandler(folder).load("x.pt")
-
-
-@given(
-    st.binary(min_size=1, max_size=400),
-    st.integers(1, 40),
-    st.sampled_from(["uint8", "uint16", "uint32"]),
-    st.integers(0, 9),
-    st.integers(1, 300),
-)
-def test_any_token_file_gives_batches_or_is_refused(tmp_path_factory, content, T, dtype, step, vocab_size):
-    path = tmp_path_factory.mktemp("tokens") / "t.bin"
-    path.write_bytes(content)
-    try:
-        data = MemmapTokenDataset(path, T, dtype, vocab_size)
-        x, y = data.batch(step, 4, seed=step)
-        assert (
-            x.shape == y.shape == (4, T)
-            and torch.equal(x[:, 1:], y[:, :-1])
-            and x.min() >= 0
-            and y.max() < vocab_size
-        )
-    except ValueError as problem:
-        assert "t.bin: " in str(problem)
-
-
-@given(
-    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
-    st.floats(),
-    st.one_of(st.none(), st.integers()),
-    st.one_of(st.none(), st.floats()),
-)
-def test_any_sampling_settings_draw_a_token_or_are_refused(logits, temperature, top_k, top_p):
-    try:
-        token = sample_token(torch.tensor([logits]), temperature, top_k, top_p)
-        assert token.shape == (1,) and 0 <= token < len(logits)
-    except ValueError as problem:
-        assert "must be at least 0" in str(problem)
-
-
 SHAPES = {
     "context_length": st.integers(-1, 40),
     "d_model": st.sampled_from([0, 1, 8, 12, 24]),
@@ -1939,17 +1933,6 @@ def test_any_settings_are_a_run_that_speaks_or_one_error(tmp_path_factory, keys,
             assert chosen and "\n" not in str(problem)  # with nothing chosen there is nothing to refuse
         else:
             sample.main(["--max_new_tokens=50", "--device=cpu", "--dtype=float32"])
-
-
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True), st.floats(0.01, 0.99))
-def test_top_p_keeps_the_smallest_sufficient_set(weights, p):
-    probs = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    order = probs.argsort(descending=True)
-    smallest = next(k for k in range(1, len(weights) + 1) if probs[order[:k]].sum() >= p - 1e-6)
-    assume((probs[order].cumsum(0) - p).abs().min() > 1e-5)  # a float32 sum cannot tell
-    drawn_ones = set(sample_token(probs.log().float().expand(600, -1), top_p=p).tolist())
-    assert drawn_ones <= set(order[:smallest].tolist())
-    assert order[0].item() in drawn_ones
 
 
 # -------------------------------------------------------------------------------------------------- README.md
