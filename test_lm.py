@@ -819,9 +819,7 @@ def needs_of(name, sources):
     return list(dict.fromkeys(found))
 
 
-IMPORTS = "\n".join(
-    line for line in (ROOT / "lm.py").read_text().splitlines() if re.match(r"(import|from) ", line)
-)
+IMPORTS = "\n".join(re.findall(r"^(?:import|from) .*$", (ROOT / "lm.py").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", definitions())
@@ -842,10 +840,8 @@ def names_used(source):
 
 # ------------------------------------------------------------------------------- The command line, prepare.py
 
-TEXT = "".join(
-    f"{i} green bottles, standing on the wall; if one should fall, {i - 1} remain.\n"
-    for i in range(120, 0, -1)
-)
+BOTTLES = "{} green bottles, standing on the wall; if one should fall, {} remain.\n"
+TEXT = "".join(BOTTLES.format(i, i - 1) for i in range(120, 0, -1))
 
 
 @pytest.fixture
@@ -860,9 +856,8 @@ def folder(tmp_path, monkeypatch):
 def command(*words, stdin=b"", cwd=None, status=0):
     """Run a script as a person would; return what it prints."""
     script, *rest = words
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *rest], input=stdin, capture_output=True, cwd=cwd, timeout=120
-    )
+    words = [sys.executable, ROOT / script, *rest]
+    result = subprocess.run(words, input=stdin, capture_output=True, cwd=cwd, timeout=120)
     assert result.returncode == status, result.stderr.decode()
     return result.stdout.decode() if status == 0 else result.stderr.decode()
 
@@ -1061,10 +1056,8 @@ def test_a_tokenizer_that_cannot_serve_is_refused(folder):
 def test_a_tokenizer_of_words_and_byte_fallback_is_spelled_as_its_own_decoder_does(folder):
     tokenizers = pytest.importorskip("tokenizers")
     names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "w", "a", "l", "▁w", "▁wa"]
-    model = tokenizers.models.BPE(
-        {name: i for i, name in enumerate(names)}, [("▁", "w"), ("▁w", "a")], byte_fallback=True
-    )
-    llama = tokenizers.Tokenizer(model)
+    ids, merges = {name: i for i, name in enumerate(names)}, [("▁", "w"), ("▁w", "a")]
+    llama = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, byte_fallback=True))
     replace, d = tokenizers.normalizers.Replace(" ", "▁"), tokenizers.decoders
     llama.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), replace])
     llama.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
@@ -1259,16 +1252,12 @@ def test_evaluation_is_the_mean_over_the_same_windows_and_touches_no_random_stat
 
 
 def test_the_best_model_is_kept_and_only_the_best(folder, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5])
-    monkeypatch.setattr(train.TrainManager, "evaluate", lambda self: (next(losses), 1.0))
+    losses = [3.0, 2.0, 2.5]
+    monkeypatch.setattr(train.TrainManager, "evaluate", lambda self: (losses[self.step // 4 - 1], 1.0))
     train.main([*SMALL, "--max_steps=12"])
     best = CheckpointHandler("out").load("best.pt")
     assert [(s["step"], s["best_val_loss"]) for s in (best, last())] == [(8, 2.0), (12, 2.0)]
-    assert "optimizer" not in best and [line["val_loss"] for line in metrics(key="val_loss")] == [
-        3.0,
-        2.0,
-        2.5,
-    ]
+    assert "optimizer" not in best and [line["val_loss"] for line in metrics(key="val_loss")] == losses
 
 
 def test_float16_trains_through_the_scaler_and_logs_what_it_skips(folder):
@@ -1286,10 +1275,7 @@ def test_float16_trains_through_the_scaler_and_logs_what_it_skips(folder):
     for a, b in zip(m.update(), exact.update(), strict=True):
         assert abs(a.item() / b.item() - 1) < 0.01
     train.main([*SMALL, "--dtype=float16", "--max_steps=2"])
-    assert (
-        metrics()[1]["skipped"] == 0
-        and CheckpointHandler("out").load("last.pt")["scaler"]["scale"] == 65536.0
-    )
+    assert metrics()[1]["skipped"] == 0 and last()["scaler"]["scale"] == 65536.0
 
 
 def test_metrics_hold_the_run_line_by_line(folder, capsys):
@@ -1328,11 +1314,8 @@ def test_the_losses_are_drawn_where_matplotlib_is_installed(folder, monkeypatch)
 def test_a_missing_package_is_one_error_that_says_what_to_install(folder, monkeypatch, module, script, words):
     lm.save_pretrained(tiny(), "llama")
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    assert ended(script.main, *words) == (
-        2,
-        f"error: this needs the package {module}:  pip install {module}\n",
-    )
-    assert not Path("out").exists()
+    error = f"error: this needs the package {module}:  pip install {module}\n"
+    assert ended(script.main, *words) == (2, error) and not Path("out").exists()
 
 
 def ended(main, *words):
@@ -1397,7 +1380,9 @@ def test_the_parameters_of_published_models_are_counted_without_their_memory(cou
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_memory_of_activations_is_what_a_real_pass_keeps(dtype):
-    c = train.TrainConfig(vocab_size=256, num_layers=3, d_model=32, context_length=24, dtype=dtype)
+    c = train.TrainConfig(
+        vocab_size=256, num_layers=3, d_model=32, context_length=24, batch_size=5, dtype=dtype
+    )
     model, kept, x = TransformerLM(c.model()), {}, torch.randint(256, (5, 24))
 
     def keep(tensor):
@@ -1409,9 +1394,8 @@ def test_the_memory_of_activations_is_what_a_real_pass_keeps(dtype):
         model.loss(x, x)
     for tensor in (*model.parameters(), *model.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    assert train.saved_bytes(c, 3, 5) == sum(storage.nbytes() for storage in kept.values())
-    c.batch_size = 5
-    assert train.memory(c, 1)["activations"] == train.saved_bytes(c, 3, 5)
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert train.memory(c, 1)["activations"] == train.saved_bytes(c, 3, 5) == real
 
 
 def test_flops_are_those_that_torch_counts_in_matrix_products(monkeypatch):
@@ -1724,9 +1708,8 @@ print(kills)
 
 def test_a_second_interrupt_stops_at_once(folder):
     long = ["--d_model=256", "--num_heads=4", "--num_layers=8", "--batch_size=1024", "--context_length=64"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *SMALL, *long], stdout=subprocess.PIPE, text=True
-    )
+    words = [sys.executable, ROOT / "train.py", *SMALL, *long]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert any("blind guess" in line for line in process.stdout)  # its first update takes many seconds
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -1796,20 +1779,16 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(folder, capsys):
 
 
 def test_checkpoints_of_something_else_are_refused(trained):
-    def refused(state, of_train, of_sample):
+    runes, weights = last() | {"tokenizer": {"kind": "runes"}}, {"weights": torch.zeros(3)}
+    for state, of_train, of_sample in (
+        (runes, "data_dir=data: not the tokenizer", "runes"),
+        (weights, r"last\.pt: not made by this version", r"last\.pt: no checkpoint of train"),
+    ):
         CheckpointHandler("out").save("last.pt", state)
-        for main, arg, message in (train.main, "--resume=True", of_train), (sample.main, here, of_sample):
-            with pytest.raises(ValueError, match=message):
-                main([arg])
-
-    here = "--checkpoint=out/last.pt"
-    runes = last() | {"tokenizer": {"kind": "runes"}}
-    refused(runes, "data_dir=data: not the tokenizer", "runes")
-    refused(
-        {"weights": torch.zeros(3)},
-        r"last\.pt: not made by this version",
-        r"last\.pt: no checkpoint of train",
-    )
+        with pytest.raises(ValueError, match=of_train):
+            train.main(["--resume=True"])
+        with pytest.raises(ValueError, match=of_sample):
+            sample.main(["--checkpoint=out/last.pt"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -1952,14 +1931,7 @@ def test_the_readmes_twenty_lines_print_what_they_promise(tmp_path, capsys):
 
 def test_the_readmes_commands_run(folder, capsys):
     """Each in turn, in a folder of its own, small and short where it trains."""
-    short = [
-        "--max_steps=2",
-        "--num_layers=1",
-        "--d_model=48",
-        "--context_length=32",
-        "--batch_size=2",
-        "--device=cpu",
-    ]
+    short = "--max_steps=2 --num_layers=1 --d_model=48 --context_length=32 --batch_size=2 --device=cpu"
     commands = re.findall(
         r"^(?:    |.*&& )python (prepare|train|sample)\.py ?([^#\n]*?)(?: *#.*)?$", README, re.MULTILINE
     )
@@ -1972,7 +1944,7 @@ def test_the_readmes_commands_run(folder, capsys):
         words = shlex.split(arguments)
         if script == "train" and "--resume=True" not in words:
             fixed = ("--d_model", "--num_layers") if "--init_from" in arguments else ()
-            words += [word for word in short if not word.startswith(fixed)]
+            words += [word for word in short.split() if not word.startswith(fixed)]
         {"prepare": prepare, "train": train, "sample": sample}[script].main(words)
     assert "sample more" in capsys.readouterr().out
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
