@@ -1171,8 +1171,11 @@ def trained(folder, capsys):
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
 def test_a_run_interrupted_at_any_update_and_resumed_equals_the_uninterrupted_one(folder, monkeypatch, at):
     args = [*SMALL, "--max_steps=9", "--dropout=0.2", "--checkpoint_interval=2", "--micro_batch_size=4"]
-    train.main([*args, "--out_dir=whole"])
-    update = train.TrainManager.update
+    seeds, seed, update = [], torch.manual_seed, train.TrainManager.update
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+        train.main([*args, "--out_dir=whole"])
+    assert len(set(seeds)) == len(seeds) == 1 + 9 * 2  # the weights, and dropout anew in each micro-step
     interrupt = lambda self: raising(KeyboardInterrupt)() if self.step + 1 == at else update(self)  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.TrainManager, "update", interrupt)
