@@ -1546,7 +1546,7 @@ def test_a_process_that_hangs_is_an_error_after_the_timeout(folder):
 @pytest.mark.slow
 def test_the_readmes_command_for_two_machines_runs_on_one_and_survives_a_kill(folder, monkeypatch):
     args = [*ALONE, "--max_steps=200", "--checkpoint_interval=10"]
-    train.main([*args, "--out_dir=whole"])
+    train_by("DDP", *args, "--out_dir=whole")
     command = re.search(r"^    torchrun (--nnodes=2 .*)$", README, re.MULTILINE)[1]
     command = command.replace("HOST:29500", "localhost:29517").replace("node=8", "node=1")
     options, keys = (shlex.split(part) for part in command.split("train.py"))
