@@ -63,7 +63,8 @@ def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, gener
     try:
         shown = prompt.decode()
     except UnicodeDecodeError as problem:
-        raise ValueError(f"--prompt={c.prompt}: byte {problem.start:,} of it is not UTF-8 text") from None
+        where = f"--prompt={c.prompt or '-'}: byte {problem.start:,} of it"
+        raise ValueError(f"{where} is not UTF-8 text") from None
     ids = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()] or [tokenizer.eos_id]
     if len(ids) > (window := model.config.context_length):
         longer = f"the prompt's {len(ids):,} tokens are more than the model sees"

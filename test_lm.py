@@ -107,7 +107,7 @@ def raising(problem):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (3, 5, 24), (2, 16, 24), (3, 11, 24)])  # up to 33 rows
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (3, 5, 24), (2, 16, 24), (3, 11, 24)])  # up to 33 rows
 @pytest.mark.parametrize("d_out", [40, 41])  # halves, and what has none
 def test_linear_is_torchs_linear_without_bias(d_out, shape, dtype):
     ours, theirs = Linear(24, d_out).to(dtype), torch.nn.Linear(24, d_out, bias=False, dtype=dtype)
@@ -169,6 +169,8 @@ def test_rope_multiplies_pairs_of_halves_by_complex_phases():
     angle = positions[:, None].double() * theta ** (-2 * torch.arange(K // 2).double() / K)
     z = z * torch.polar(torch.ones_like(angle), angle)
     close(RoPE(K, 41, theta)(x, start), torch.cat((z.real, z.imag), -1).float())
+    with pytest.raises(ValueError, match="41 tokens are more than the context_length of 40"):
+        RoPE(K, 40, theta)(x, start)
 
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
@@ -485,10 +487,10 @@ def test_finished_rows_repeat_eos_and_the_stream_ends_when_all_have_finished():
         assert (row[end:] == 0).all()
 
 
-@pytest.mark.parametrize("prompt", [[], [61], [-1]])
-def test_prompts_without_tokens_or_with_unknown_ones_are_refused(prompt):
-    with pytest.raises(ValueError, match="prompt"):
-        tiny().generate(torch.tensor([prompt], dtype=torch.int64), 1)
+@pytest.mark.parametrize("prompt,new", [([], 1), ([61], 1), ([-1], 1), ([60], -1)])
+def test_prompts_without_tokens_or_with_unknown_ones_and_less_than_no_tokens_are_refused(prompt, new):
+    with pytest.raises(ValueError, match="prompt must hold tokens, each from 0 to 60, and max_new_tokens="):
+        tiny().generate(torch.tensor([prompt], dtype=torch.int64), new)
 
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
@@ -503,6 +505,7 @@ def test_adamw_is_torchs_over_100_steps_and_a_saved_state(rate):
         settings |= {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
         made = optimizer(params[:1], lr=rate(1e-2), **settings)
         made.add_param_group({"params": params[1:], "weight_decay": 0.0})
+        made.add_param_group({"params": []})
         return made
 
     a, b = make(ours, AdamW), make(theirs, torch.optim.AdamW, foreach=False)
@@ -1250,6 +1253,8 @@ def test_evaluation_is_the_mean_over_the_same_windows_and_touches_no_random_stat
     x, y = (torch.stack(t) for t in zip(*(m.val_data[i] for i in range(len(m.val_data))), strict=True))
     expected = F.cross_entropy(m.model.eval()(x).flatten(0, 1), y.flatten()).item()
     assert (nats, bpb) == pytest.approx((expected, expected / math.log(2)), rel=1e-5)
+    m.meta["val_bytes"] *= 3  # as if a token stood for three bytes
+    assert m.evaluate() == (nats, pytest.approx(bpb / 3, rel=1e-12))
     m.sample(5)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -1279,6 +1284,8 @@ def test_float16_trains_through_the_scaler_and_logs_what_it_skips(folder):
         assert abs(a.item() / b.item() - 1) < 0.01
     train.main([*SMALL, "--dtype=float16", "--max_steps=2"])
     assert metrics()[1]["skipped"] == 0 and last()["scaler"]["scale"] == 65536.0
+    train.Logger(m.config, 0).record(1, grad_norm=math.nan, lr=math.inf, skipped=1)  # JSON has neither
+    assert metrics()[1:] == [{"step": 1, "grad_norm": None, "lr": None, "skipped": 1}]
 
 
 def test_metrics_hold_the_run_line_by_line(folder, capsys):
@@ -1341,6 +1348,8 @@ def test_weights_and_biases_receives_config_losses_and_rate(folder, monkeypatch)
     for line in lines:
         for key in {"train_loss", "lr", "val_loss"} & line.keys():
             assert key.encode() in arrived and json.dumps(line[key]).encode() in arrived, key
+    train.main([*AGAIN, "--max_steps=6", "--log_interval=2"])  # goes on with the same run there
+    assert len({path.name.rsplit("-", 1)[1] for path in Path("wandb").glob("offline-run-*")}) == 1
 
 
 def test_values_out_of_range_are_refused_before_any_work_by_name(folder):
@@ -1595,7 +1604,9 @@ def test_the_three_scripts_run_as_commands_and_a_signal_ends_in_a_checkpoint(tmp
     said = command("sample.py", "--prompt=9 green", "--max_new_tokens=30", "--num_samples=2", cwd=tmp_path)
     assert said.startswith("9 green") and "\n---\n9 green" in said
     refused = command("sample.py", "--checkpoint=no.pt", cwd=tmp_path, status=2)
-    assert refused == "error: no.pt: No such file or directory\n"
+    assert refused.startswith("error: no.pt: not there; train a model:  python train.py")
+    refused = command("sample.py", "--prompt=9 green", "--top_p=2", cwd=tmp_path, status=2)
+    assert refused.startswith("error: temperature=0.8 must be at least 0")
 
 
 def test_a_reader_that_leaves_ends_the_sample_without_a_word(trained):
@@ -1611,7 +1622,8 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
 ):
     def say(prompt, stdin=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        sample.main([f"--prompt={prompt}", "--max_new_tokens=9", "--device=cpu"])
+        asked = [] if prompt is None else [f"--prompt={prompt}"]
+        sample.main([*asked, "--max_new_tokens=9", "--device=cpu"])
         return capsys.readouterr()
 
     Path("prompt.txt").write_text("x" * 40)
@@ -1619,9 +1631,10 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
     assert out.startswith("x" * 40) and "40 tokens are more than the model sees: keeping the last 16" in err
     out, err = say("-", b"hello")
     assert out.startswith("hello") and out == say("hello").out  # the same seed draws the same text
+    assert out == say(None, b"hello").out  # piped in
     assert re.search(r"^\d tokens, [\d,]+ tokens/s$", err, re.MULTILINE)
     with pytest.raises(ValueError, match="--prompt=-: byte 4 of it is not UTF-8 text"):
-        say("-", b"hell\xff")
+        say(None, b"hell\xff")
     say("")  # begins after the end of a document
 
 
@@ -1914,7 +1927,7 @@ def test_any_settings_are_a_run_that_speaks_or_one_error(tmp_path_factory, keys,
         except ValueError as problem:
             assert chosen and "\n" not in str(problem)  # with nothing chosen there is nothing to refuse
         else:
-            sample.main(["--max_new_tokens=50", "--device=cpu", "--dtype=float32"])
+            sample.main(["--prompt=", "--max_new_tokens=50", "--device=cpu", "--dtype=float32"])
 
 
 # -------------------------------------------------------------------------------------------------- README.md
