@@ -182,7 +182,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     """The same, by whichever is faster: the lines above, or torch's kernel, which never holds all scores.
 
     The kernel aligns its mask with the first key, not the last, so that it is right for T = S alone; a single
-    query needs no mask. In bfloat16 on a CPU the plain lines won up to T = 512, but not for a single query.
+    query needs no mask. In bfloat16 on a CPU the plain lines won up to T = 512; for one query either did.
     """
     T, S = q.shape[2], k.shape[2]
     if T > 1 and (T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512)):
@@ -210,7 +210,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
         """x (B, T, D) → (B, T, D). With a cache, x follows the tokens in it, sees them, and is added."""
         if cache is None:  # all heads by one product: a small model's update on a CPU is 1.05 times as fast
             start, weights = 0, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-            qkv = F.linear(x, torch.cat(weights))
+            qkv = F.linear(x, torch.cat(weights))  # so q_proj itself is not called here, nor are its hooks
         else:  # a token at a time: to copy the weights would take longer than to multiply by them
             start, qkv = cache.length, torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
