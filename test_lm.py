@@ -107,12 +107,12 @@ def raising(problem):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24,), (0, 24), (3, 5, 24), (2, 16, 24), (3, 11, 24)])  # up to 33 rows
-@pytest.mark.parametrize("d_out", [40, 41])  # halves, and what has none
-def test_linear_is_torchs_linear_without_bias(d_out, shape, dtype):
-    ours, theirs = Linear(24, d_out).to(dtype), torch.nn.Linear(24, d_out, bias=False, dtype=dtype)
+@pytest.mark.parametrize("rows", [(), (0,), (1,), (3, 5), (2, 16), (3, 11)])  # up to 33
+@pytest.mark.parametrize("d_in,d_out", [(24, 40), (256, 256), (256, 257)])  # small, large, without halves
+def test_linear_is_torchs_linear_without_bias(d_in, d_out, rows, dtype):
+    ours, theirs = Linear(d_in, d_out).to(dtype), torch.nn.Linear(d_in, d_out, bias=False, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
-    x, g = torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(*shape[:-1], d_out, dtype=dtype)
+    x, g = torch.randn(*rows, d_in, dtype=dtype, requires_grad=True), torch.randn(*rows, d_out, dtype=dtype)
     results = (with_gradients(f, [x], g, f.parameters()) for f in (ours, theirs))
     close(*results, 1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -198,7 +198,7 @@ def test_kvcache_returns_all_that_it_was_given_in_order_and_refuses_more_when_fu
 
 def attention_loop(q, k, v):
     """One query at a time, in float64."""
-    q, k, v = q.double(), k.double(), v.double()
+    q, k, v = q.double(), *(z.double().repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
     T, S, K = q.shape[2], k.shape[2], q.shape[3]
     out = torch.empty_like(q)
     for t in range(T):
@@ -209,12 +209,12 @@ def attention_loop(q, k, v):
 
 
 @pytest.mark.parametrize("T,S", [(1, 1), (7, 7), (1, 9), (4, 9)])
-def test_plain_attention_and_the_fused_kernel_are_the_formula_gradients_included(T, S):
-    qkv = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (T, S, S)]
-    g = torch.randn(2, 3, T, 8)
+@pytest.mark.parametrize("implementation,G", [(attention, 6), (fast_attention, 6), (fast_attention, 2)])
+def test_plain_attention_and_the_fused_kernel_are_the_formula_gradients_included(implementation, G, T, S):
+    qkv = [torch.randn(2, heads, n, 8, requires_grad=True) for heads, n in ((6, T), (G, S), (G, S))]
+    g = torch.randn(2, 6, T, 8)
     expected = [t.float() for t in with_gradients(attention_loop, qkv, g)]
-    for implementation in (attention, fast_attention):
-        close(with_gradients(implementation, qkv, g), expected)
+    close(with_gradients(implementation, qkv, g), expected)
 
 
 def test_both_attentions_are_really_run(monkeypatch):
@@ -485,6 +485,18 @@ def test_finished_rows_repeat_eos_and_the_stream_ends_when_all_have_finished():
     assert len(set(ends)) > 1 and out.shape[1] == max(ends) + 1
     for row, end in zip(out, ends, strict=True):
         assert (row[end:] == 0).all()
+
+
+def test_a_single_row_is_multiplied_without_onednn_which_is_back_afterwards():
+    model, seen = tiny(), []
+    model.norm.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    for batch_size in (1, 2):
+        model.generate(torch.zeros(batch_size, 3, dtype=torch.int64), 3)
+    assert seen == [True, False, False, True, True, True]
+    model.norm.register_forward_pre_hook(raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(torch.zeros(1, 1, dtype=torch.int64), 3)
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("prompt,new", [([], 1), ([61], 1), ([-1], 1), ([60], -1)])
