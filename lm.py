@@ -147,24 +147,6 @@ class SwiGLU(nn.Module):  # needs: Linear
 
 
 # ----------------------------------------------------------------------------------------- KVCache, Attention
-class KVCache:
-    """The keys and values (see attention, below) of the tokens seen so far: none is computed twice."""
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        """shape: (B, G, context_length, K). Their memory is taken once, for the whole window."""
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, T, K); return all held, (B, G, S, K) each. Raises ValueError when full."""
-        start, end = self.length, self.length + k.shape[2]
-        if end > self.keys.shape[2]:
-            raise ValueError(f"{end} tokens are more than the cache's {self.keys.shape[2]}")
-        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = k, v, end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √K) v, where each token sees itself and what came before it.
 
@@ -172,19 +154,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
-    T, S = q.shape[2], k.shape[2]
+    (T, K), S = q.shape[2:], k.shape[2]
     # -inf where the key comes after the query, of which softmax makes 0; else 0
     future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    scores = (q / math.sqrt(q.shape[3])) @ k.mT + future  # (B, H, T, S)
+    scores = (q / math.sqrt(K)) @ k.mT + future  # (B, H, T, S)
     return scores.softmax(-1) @ v
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
     """The same, by whichever is faster: the lines above, or torch's kernel, which never holds all scores.
 
-    k and v (B, G, S, K), each head of which serves H / G of the queries'. The kernel aligns its mask with the
-    first key, not the last: with one, it is right for T = S alone. In bfloat16 on a CPU the lines above won
-    up to T = 512.
+    k and v (B, G, S, K): each of their heads serves H / G of the queries'. The kernel's mask begins with the
+    first key, so that it is right for T = S alone. In bfloat16 on a CPU the lines above won up to T = 512.
     """
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     if T == 1:  # it sees all, without a mask: so the H / G queries of a group may read its keys together
@@ -194,6 +175,23 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     if T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512):
         return attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far: none is computed twice."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        """shape: (B, G, context_length, K). Their memory is taken once, for the whole window."""
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, T, K); return all held, (B, G, S, K) each. Raises ValueError when full."""
+        start, end = self.length, self.length + k.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"{end} tokens are more than the cache's {self.keys.shape[2]}")
+        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = k, v, end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
@@ -273,9 +271,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk, target = x[start : start + rows], targets[start : start + rows]
             log_probs = F.log_softmax(chunk @ w.T, -1, dtype=torch.float32)  # (rows, V)
             total -= log_probs.gather(-1, target[:, None]).sum()
-            if with_grad:
-                error = log_probs.exp_().scatter_(-1, target[:, None], -1.0, reduce="add")
-                error = error.to(x.dtype)  # softmax - onehot, which float16 can hold
+            if with_grad:  # of the logits: softmax - onehot, which float16 can hold
+                error = log_probs.exp_().scatter_(-1, target[:, None], -1.0, reduce="add").to(x.dtype)
                 dx[start : start + rows] = error @ w
                 dw += error.T @ chunk
         return total / len(x)
@@ -315,9 +312,7 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
         raise ValueError(f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, up to 1")
     if temperature < 1e-30:  # 0, or so near that to divide by it might overflow
         return logits.argmax(-1)
-    ids = None
-    if top_k < V or top_p < 1:
-        logits, ids = logits.topk(min(top_k, V))  # (B, k), in descending order
+    logits, ids = logits.topk(min(top_k, V)) if top_k < V or top_p < 1 else (logits, None)  # likeliest first
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
@@ -366,8 +361,9 @@ class ModelConfig:
         for name, divisor in (("d_model", "num_heads"), ("num_heads", "num_kv_heads")):
             if (size := getattr(self, name)) % getattr(self, divisor):
                 raise ValueError(f"{name} is {size}, not a multiple of {divisor}, {getattr(self, divisor)}")
-        if (head_dim := self.d_model // self.num_heads) % 2:
-            raise ValueError(f"d_model / num_heads is {head_dim}; it must be even: RoPE rotates pairs")
+        self.head_dim = self.d_model // self.num_heads
+        if self.head_dim % 2:
+            raise ValueError(f"d_model / num_heads is {self.head_dim}; it must be even: RoPE rotates pairs")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -381,7 +377,7 @@ class TransformerLM(nn.Module):  # needs: everything above
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
-        rope = RoPE(c.d_model // c.num_heads, c.context_length, c.rope_theta)
+        rope = RoPE(c.head_dim, c.context_length, c.rope_theta)
         block = (c.d_model, c.num_heads, c.num_kv_heads, c.d_ff, rope, c.norm_eps, c.dropout)
         self.embed_tokens = Embedding(c.vocab_size, c.d_model)
         self.layers = nn.ModuleList(TransformerBlock(*block) for _ in range(c.num_layers))
@@ -390,10 +386,9 @@ class TransformerLM(nn.Module):  # needs: everything above
         if c.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight  # the head's initial values serve both
         # 2 · num_layers branches are added: divided by that number's root, the sum does not grow with depth.
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
-                layer.mlp.down_proj.weight /= math.sqrt(2 * c.num_layers)
+        for layer in self.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.data /= math.sqrt(2 * c.num_layers)
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """tokens (B, T), int64 → what the blocks make of them, normed, (B, T, D); T ≤ context_length."""
@@ -413,7 +408,7 @@ class TransformerLM(nn.Module):  # needs: everything above
     def new_caches(self, batch_size: int) -> list[KVCache]:
         """An empty KVCache for each layer."""
         c, weight = self.config, self.lm_head.weight
-        shape = (batch_size, c.num_kv_heads, c.context_length, c.d_model // c.num_heads)
+        shape = (batch_size, c.num_kv_heads, c.context_length, c.head_dim)
         return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
 
     @torch.inference_mode()
@@ -428,15 +423,14 @@ class TransformerLM(nn.Module):  # needs: everything above
         """
         (B, P), T, V = prompt.shape, self.config.context_length, self.config.vocab_size
         if max_new_tokens < 0 or not P or prompt.min() < 0 or prompt.max() >= V:
-            wanted = f"the prompt must hold tokens, each from 0 to {V - 1}"
-            raise ValueError(f"{wanted}, and {max_new_tokens=} be at least 0")
+            raise ValueError(f"prompt must hold tokens, 0 to {V - 1}, and {max_new_tokens=} be at least 0")
         tokens = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), 1)
-        caches = self.new_caches(B)
         done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
-        unread = tokens[:, max(0, P - T) : P]
+        caches, start = self.new_caches(B), max(0, P - T)
         for end in range(P, P + max_new_tokens):
             if caches[0].length == T:
-                caches, unread = self.new_caches(B), tokens[:, end - max(1, T // 2) : end]
+                caches, start = self.new_caches(B), end - max(1, T // 2)
+            unread, start = tokens[:, start:end], end
             with onednn(unread.numel() > 1):  # without it, a token of a small model takes half the time
                 logits = self.lm_head(self.hidden(unread, caches)[:, -1])
             token = sample_token(logits, temperature, top_k, top_p, generator)
@@ -447,7 +441,6 @@ class TransformerLM(nn.Module):  # needs: everything above
             yield token
             if eos_id is not None and done.all():
                 return
-            unread = tokens[:, end : end + 1]
 
     def generate(self, prompt: Tensor, *args, **kwargs) -> Tensor:
         """prompt (B, P) → (B, P + new), prompt included; the arguments are those of `stream`."""
@@ -475,16 +468,15 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            if not group["params"]:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
                 continue
             lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-            group["step"] = t = group.get("step", torch.zeros((), device=group["params"][0].device)) + 1
+            group["step"] = t = group.get("step", torch.zeros((), device=params[0].device)) + 1
             # Stacked, the powers are computed once, and not in the innermost loop of a compiled step.
             correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
             decay, rate = 1 - lr * group["weight_decay"], lr / correction1
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
+            for param in params:
                 state = self.state[param]
                 if not state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
@@ -530,14 +522,13 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
             raise ValueError(f"{path}: {count:,} tokens are fewer than context_length + 1 = {window}")
         self.tokens = np.memmap(self.path, dtype, mode="r")
         self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, window)  # no copy
-        self.num_windows = max(1, (count - context_length) // context_length)  # room to shift by up to T - 1
 
     def __reduce__(self):
         # A DataLoader's workers open the file themselves: pickled as it is, the map would be copied whole.
         return type(self), (self.path, self.context_length, self.dtype, self.vocab_size)
 
     def __len__(self) -> int:
-        return self.num_windows
+        return max(1, (len(self.tokens) - self.context_length) // self.context_length)  # room for the shift
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Window `index` → (x, y), each (T,), int64, y one token ahead of x."""
@@ -563,27 +554,24 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         """
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
-        share, n, T = batch_size // world_size, self.num_windows, self.context_length
-        first, starts = step * batch_size + rank * share, []
-        for epoch in range(first // n, (first + share - 1) // n + 1):  # nearly always one
-            places = np.arange(max(first, epoch * n), min(first + share, (epoch + 1) * n)) - epoch * n
+        share, n, T, starts = batch_size // world_size, len(self), self.context_length, []
+        epochs, places = np.divmod(step * batch_size + rank * share + np.arange(share), n)
+        for epoch in np.unique(epochs).tolist():  # nearly always one
             keys = np.random.SeedSequence((seed, epoch)).generate_state(7, np.uint64)
             offset = int(keys[6]) % min(T, len(self.tokens) - n * T)
-            starts.append(self._shuffle(places, keys[:6]) * T + offset)
+            starts.append(self._shuffle(places[epochs == epoch], keys[:6]) * T + offset)
         return self.windows(np.concatenate(starts))
 
     def _shuffle(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """π(places), int64, for the permutation π that six random keys, uint64, make."""
-        bits = (self.num_windows - 1).bit_length()
+        bits = (len(self) - 1).bit_length()
         mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
-        x, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
-        while outside.any():
-            y = x[outside]
-            for add, multiply in keys.reshape(3, 2):
-                y = (y + add) * (multiply | 1) & mask
-                y ^= y >> half
-            x[outside] = y
-            outside = x >= self.num_windows
+        x = places.astype(np.uint64)
+        for add, multiply in keys.reshape(3, 2):
+            x = (x + add) * (multiply | 1) & mask
+            x ^= x >> half
+        if (beyond := x >= len(self)).any():
+            x[beyond] = self._shuffle(x[beyond], keys)
         return x.astype(np.int64)
 
 
@@ -592,6 +580,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
 def replacing(path: str | os.PathLike) -> Iterator:
     """Open a file to write that takes the place of `path` once it is whole and safe on the disk, or never."""
     temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "w+b") as file:
             yield file
@@ -619,7 +608,6 @@ class CheckpointHandler:  # needs: replacing
 
     def save(self, name: str, state: dict) -> None:
         """Write folder/name. Until that is safe on the disk, the old one stays. Raises OSError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         # torch's own checksums, one for each tensor, would take longer than this one, and miss more.
         with replacing(self.folder / name) as file, serialization.patch("save.compute_crc32", False):
             torch.save(state, file)
@@ -664,10 +652,7 @@ def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int
 
     folder, config = Path(folder), LLAMA_KIND | {"bos_token_id": None, "eos_token_id": eos_id}
     config |= {theirs: getattr(model.config, ours) for theirs, ours in LLAMA_SHAPE.items()}
-    weights = {n if n == "lm_head.weight" else f"model.{n}": w.cpu() for n, w in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]
-    folder.mkdir(parents=True, exist_ok=True)
+    weights = {n if n == "lm_head.weight" else f"model.{n}": w for n, w in model.named_parameters()}
     with replacing(folder / "model.safetensors") as file:
         file.write(save(weights, {"format": "pt"}))
     with replacing(folder / "config.json") as file:
@@ -678,16 +663,14 @@ def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
     # needs: ModelConfig, LLAMA_SHAPE, LLAMA_KIND, NO_EFFECT
     """The shape of the Llama in a Hugging Face folder, with changes. Raises OSError or ValueError."""
     path = Path(folder, "config.json")
-    absent = {"model_type": "absent", "rms_norm_eps": 1e-6}  # no Llama, so refused; transformers' default
     try:
-        fields = absent | json.loads(path.read_text())
+        fields = {"model_type": "absent", "rms_norm_eps": 1e-6} | json.loads(path.read_text())  # if left out
         fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
         shape = {LLAMA_SHAPE[name]: fields.pop(name) for name in LLAMA_SHAPE.keys() & fields.keys()}
         config = ModelConfig(**shape | changes)
     except (KeyError, TypeError, ValueError) as problem:
         raise ValueError(f"{path}, with {changes}: not understood: {problem!r}") from None
-    known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1}
-    known["head_dim"] = config.d_model // config.num_heads
+    known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1, "head_dim": config.head_dim}
     for name, value in fields.items():  # each must be known here, or null, false or 0
         if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
             raise ValueError(f"{path}: {name} is {value!r}, which this model does not do")
@@ -697,20 +680,20 @@ def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
 def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
     # needs: TransformerLM and its needs, pretrained_config and its needs
     """The Llama in a Hugging Face folder, in float32. Raises OSError or ValueError; needs safetensors."""
-    from safetensors import SafetensorError, safe_open
+    import safetensors.torch
 
     model, weights = TransformerLM(pretrained_config(folder, **changes)), {}
     files, index = {"model.safetensors"}, Path(folder, "model.safetensors.index.json")
     try:
         if index.exists() and not Path(folder, "model.safetensors").exists():
-            files = set(json.loads(index.read_text())["weight_map"].values())
+            files = set(dict(json.loads(index.read_text())["weight_map"]).values())
         for name in files:
-            file = safe_open(Path(folder, name), "pt")  # a memory map: no weight is in memory twice
-            keys = [key for key in file.keys() if not key.endswith("inv_freq")]  # noqa: SIM118 (RoPE of old)
-            weights |= {key.removeprefix("model."): file.get_tensor(key) for key in keys}
+            weights |= safetensors.torch.load_file(Path(folder, name))  # mapped: no weight is in memory twice
+        # Old files hold RoPE's frequencies too.
+        weights = {k.removeprefix("model."): w for k, w in weights.items() if not k.endswith("inv_freq")}
         if model.config.tie_embeddings and "embed_tokens.weight" in weights:
             weights["lm_head.weight"] = weights["embed_tokens.weight"]
         model.load_state_dict(weights)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as problem:
+    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as problem:
         raise ValueError(f"{folder}: its weights do not fit: {' '.join(str(problem).split())}") from None
     return model
