@@ -335,14 +335,15 @@ def find_parts(inputs: list[str], val_fraction: float, out_dir: str, copies: str
     Where there are so few that none would be held out, the last val_fraction of all their bytes is. What is
     no file, as standard input, "-", is copied to one in the folder `copies` first.
     """
-    paths, out = [], Path(out_dir).resolve()
+    # What an earlier call wrote is no text, should out_dir lie in a folder that is named, or be one.
+    made = {Path(out_dir, name).resolve() for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json")}
+    paths = []
     for i, path in enumerate(map(Path, inputs)):
         if path.is_dir():
-            made = out if path.resolve() in out.parents else None  # what an earlier call wrote in this folder
             shown = (p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path)}")  # nothing hidden
-            paths += sorted(p for p in shown if p.is_file() and made not in p.resolve().parents)
+            paths += sorted(p for p in shown if p.is_file() and p.resolve() not in made)
         elif (stdin := str(path) == "-") or path.is_fifo():
-            paths.append(Path(copies, f"{i}"))
+            paths.append(Path(copies, f"{i}{path.suffix}"))
             with open(0 if stdin else path, "rb", closefd=not stdin) as source, open(paths[-1], "wb") as copy:
                 shutil.copyfileobj(source, copy, 2**20)
         else:

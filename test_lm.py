@@ -967,7 +967,7 @@ def test_of_many_documents_every_tenth_is_held_out_and_byte_0_stands_between(fol
     assert (meta["val_tokens"], meta["val_bytes"]) == (13, 12)
 
 
-@pytest.mark.parametrize("out_dir", ["in/data", "."])
+@pytest.mark.parametrize("out_dir", ["in/data", "in", "."])
 def test_what_was_prepared_inside_an_input_folder_is_no_text_and_the_input_may_lie_in_it(folder, out_dir):
     Path("in").mkdir()
     Path("text.txt").rename("in/text.txt")
@@ -1099,6 +1099,10 @@ def test_each_line_of_a_jsonl_file_is_a_document(folder):
     prepare.main(["corpus.jsonl"])
     assert read_tokens("data/val.bin") == b"document 9\nof two lines\0document 19\nof two lines"
     assert read_tokens("data/train.bin").count(b"\0") == 17
+    os.mkfifo("pipe.jsonl")
+    with subprocess.Popen("cat corpus.jsonl > pipe.jsonl", shell=True):
+        prepare.main(["pipe.jsonl", "--out_dir=piped"])
+    assert contents("piped")["train.bin"] == contents()["train.bin"]
     for bad in ("no json", '{"title": "x"}', '["text"]', '{"text": 3}', '{"text": "\\ud800"}'):
         Path("bad.jsonl").write_text(f'{{"text": "good"}}\n{bad}\n')
         with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: no"):
