@@ -17,8 +17,6 @@ import secrets
 import signal
 import sys
 import time
-import traceback
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -28,35 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from lm import (
-    AdamW,
-    CheckpointHandler,
-    MemmapTokenDataset,
-    ModelConfig,
-    TransformerLM,
-    load_pretrained,
-    lr_cosine_schedule,
-    pretrained_config,
-    replacing,
-)
-from prepare import (
-    ByteTokenizer,
-    find_tokenizer,
-    in_words,
-    load_meta,
-    load_tokenizer,
-    out_of_memory,
-    parse_args,
-    pick_device,
-    prepare_default,
-    run,
-)
+import lm
+import prepare
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainConfig:
     """Every key of `python train.py --key=value`; the comments are its --help."""
 
@@ -121,27 +98,25 @@ class TrainConfig:
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
 
-    def model(self) -> ModelConfig:
-        return ModelConfig(**{key: getattr(self, key) for key in SHAPE_KEYS})
+    def model(self) -> lm.ModelConfig:
+        return lm.ModelConfig(**{key: getattr(self, key) for key in SHAPE_KEYS})
 
 
 # Of a resumed run: what is taken from the command line alone, and what must stay as it was.
 KEYS = [field.name for field in dataclasses.fields(TrainConfig)]
 MACHINE_KEYS = {"out_dir", "resume", "dry_run", *KEYS[KEYS.index("micro_batch_size") :]}
-SHAPE_KEYS = {field.name for field in dataclasses.fields(ModelConfig)}
+SHAPE_KEYS = {field.name for field in dataclasses.fields(lm.ModelConfig)}
 FIXED_KEYS = SHAPE_KEYS | {"batch_size", "seed", "init_from"}
 
 
 # ------------------------------------------------------------------------------------------- What a run takes
-
-
-def on_meta(config: ModelConfig) -> TransformerLM:
+def on_meta(config: lm.ModelConfig) -> lm.TransformerLM:
     """The model on torch's meta device, where tensors take no memory."""
     with torch.device("meta"):
-        return TransformerLM(config)
+        return lm.TransformerLM(config)
 
 
-def count_parameters(config: ModelConfig) -> int:
+def count_parameters(config: lm.ModelConfig) -> int:
     return sum(p.numel() for p in on_meta(config).parameters())
 
 
@@ -151,18 +126,15 @@ def flops_per_token(c: TrainConfig) -> int:
     return 6 * (count_parameters(c.model()) - looked_up) + 12 * c.num_layers * c.d_model * c.context_length
 
 
-def saved_bytes(c: TrainConfig, num_layers: int, rows: int) -> int:
+def saved_bytes(c: TrainConfig, rows: int) -> int:
     """What `rows` windows keep from the forward pass for the backward one, by a pass that takes no memory."""
     saved, dtype = {}, getattr(torch, c.dtype)
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    model = on_meta(dataclasses.replace(c.model(), num_layers=num_layers))
+    model = on_meta(c.model())
     model.to(dtype if c.fsdp else torch.float32)
     autocast = torch.autocast("cpu", dtype, enabled=not c.fsdp and dtype != torch.float32)
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.setdefault(tensor.untyped_storage()._cdata, tensor), lambda tensor: tensor
+    )
     with FakeTensorMode(allow_non_fake_inputs=True), autocast, hooks:
         model.to_empty(device="cpu")
         tokens = torch.zeros(rows, c.context_length, dtype=torch.int64)
@@ -177,9 +149,8 @@ def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
     total = count_parameters(c.model())
     held = total // (world_size if c.fsdp else 1)
     rows = min(c.micro_batch_size or c.batch_size, c.batch_size // world_size)
-    one, two = (saved_bytes(c, layers, rows) for layers in (1, 2))  # each further block keeps as much
     need = {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held}
-    need["activations"] = one + (c.num_layers - 1) * (two - one)
+    need["activations"] = saved_bytes(c, rows)
     if c.fsdp:  # the block at work and the next, all that is outside of blocks, a block's float32 gradients
         block = sum(p.numel() for p in on_meta(c.model()).layers[0].parameters())
         outside = total - c.num_layers * block
@@ -210,8 +181,6 @@ def describe(c: TrainConfig, meta: dict | None, world_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- Logging
-
-
 class Silent:
     """Stands in for a logger where none is wanted, so that nobody asks: takes any call, does nothing."""
 
@@ -228,12 +197,11 @@ class Logger:
         self.flops, self.width = flops_per_token(config), len(str(config.max_steps))
         self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
         self.path = Path(config.out_dir, "metrics.jsonl")
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        with replacing(self.path) as file:  # a kill now must not lose the lines that are kept
-            file.write("".join(f"{line}\n" for line in kept).encode())
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        lines = self.path.read_bytes().splitlines(keepends=True) if step else []
+        whole = [line for line in lines if line.endswith(b"}\n")]  # a kill may have cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        self.file.truncate(len(b"".join(kept)))  # steps never fall: what is kept comes first
         self.wandb, keys = Silent(), dataclasses.asdict(config)
         if config.wandb_project:
             import wandb
@@ -295,8 +263,7 @@ class Logger:
 
 
 # --------------------------------------------------------------------------------------------- Many processes
-# torchrun starts this file once for each device. In a run of one process all here does next to nothing, and
-# can be skipped in reading but for the end of spread, which places and compiles the model.
+# torchrun starts this file once for each device. With one process nothing here does anything: skip it.
 
 
 def join_processes(timeout: int) -> None:
@@ -324,8 +291,7 @@ def from_first(work) -> tuple[TrainConfig, dict, dict | None]:
     try:
         if dist.get_rank() == 0:
             config, meta, state = found = work()
-            small = state and {key: state[key] for key in state if key not in ("model", "optimizer")}
-            light = [(config, meta, small)]
+            light = [(config, meta, state and state | {"model": {}, "optimizer": {}})]
     finally:
         dist.broadcast_object_list(light)
     if light[0] is None:
@@ -345,7 +311,7 @@ def over_all(value: float, operation=dist.ReduceOp.SUM) -> float:
 class Loss(nn.Module):
     """TransformerLM.loss as a forward, which is what DDP acts on."""
 
-    def __init__(self, model: TransformerLM):
+    def __init__(self, model: lm.TransformerLM):
         super().__init__()
         self.model = model
 
@@ -353,60 +319,61 @@ class Loss(nn.Module):
         return self.model.loss(tokens, targets)
 
 
-def spread(model: TransformerLM, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Put model on the device, or on all → its loss, to be called.
+def spread(loss: Loss, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Make loss, and what it does backward, one over all processes.
 
     With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
     optimizer state, a block's weights are gathered while it is their turn, and gradients are averaged after
     each micro-step: a whole one would not fit.
     """
-    loss = Loss(model)
-    if c.fsdp:
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for part in (*model.layers, model):
-            if c.compile and part is not model:
-                part.compile()
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-        register_fsdp_forward_method(model, "loss")
-        return loss
-    loss.to(device)
-    if c.compile:
-        loss.compile()
-    if not dist.is_initialized():
-        return loss
-    return nn.parallel.DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    if not c.fsdp:
+        options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+        return nn.parallel.DistributedDataParallel(loss, **options)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for part in (*loss.model.layers, loss.model):
+        if c.compile and part is not loss.model:
+            part.compile()
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for method in ("loss", "generate"):
+        register_fsdp_forward_method(loss.model, method)
+    return loss
 
 
 # --------------------------------------------------------------------------------------------------- Training
-
-
 class TrainManager:
     """One training run: the model and all that changes with it, from its first update to its last."""
 
     def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
         """A fresh run, or the one that the checkpoint `state` holds."""
         c, self.config, self.meta = config, config, meta
-        self.tokenizer, self.checkpoints = load_tokenizer(meta["tokenizer"]), CheckpointHandler(c.out_dir)
+        self.tokenizer = prepare.load_tokenizer(meta["tokenizer"])
+        self.checkpoints = lm.CheckpointHandler(c.out_dir)
         self.rank, self.world_size = 0, 1
         if dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if c.device.startswith("cuda") and self.world_size > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             c.device = "cuda"  # the one just set
-        self.device, self.dtype = pick_device(c.device, c.dtype)
+        self.device, self.dtype = prepare.pick_device(c.device, c.dtype)
         self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
         torch.manual_seed(c.seed)
         if c.init_from and state is None:
-            self.model = load_pretrained(c.init_from, context_length=c.context_length, dropout=c.dropout)
+            self.model = lm.load_pretrained(c.init_from, context_length=c.context_length, dropout=c.dropout)
         else:
-            self.model = TransformerLM(c.model())
-        self.loss = spread(self.model, c, self.device, self.dtype)
+            self.model = lm.TransformerLM(c.model())
+        self.loss = Loss(self.model)
+        if not c.fsdp:
+            self.loss.to(self.device)
+            if c.compile:
+                self.loss.compile()
+        if dist.is_initialized():
+            self.loss = spread(self.loss, c, self.device, self.dtype)
         self.params = list(self.model.parameters())
         matrices = {"params": [p for p in self.params if p.ndim > 1]}
         gains = {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0}  # do not decay
         rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
-        self.optimizer = AdamW([matrices, gains], rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
+        self.optimizer = lm.AdamW([matrices, gains], rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
         self.compile_optimizer = c.compile and not c.fsdp
         # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -416,9 +383,9 @@ class TrainManager:
         if state is not None:
             self.load(state)
 
-    def open_data(self, split: str) -> MemmapTokenDataset:
+    def open_data(self, split: str) -> lm.MemmapTokenDataset:
         c, path = self.config, Path(self.config.data_dir, f"{split}.bin")
-        data = MemmapTokenDataset(path, c.context_length, self.meta["dtype"], c.vocab_size)
+        data = lm.MemmapTokenDataset(path, c.context_length, self.meta["dtype"], c.vocab_size)
         if len(data.tokens) != self.meta[f"{split}_tokens"]:
             stated = f"meta.json says {self.meta[f'{split}_tokens']:,} of type {self.meta['dtype']}"
             raise ValueError(f"{path}: {len(data.tokens):,} tokens, but {stated}; prepare it again")
@@ -427,28 +394,26 @@ class TrainManager:
 
     def load(self, state: dict) -> None:
         """Go on from a checkpoint. Its weights are needed in the first process only, which deals them out."""
-        options = full.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-        full.set_model_state_dict(self.model, state.get("model", {}), options=options)
-        groups = self.optimizer.param_groups
-        full.set_optimizer_state_dict(self.model, self.optimizer, state.get("optimizer", {}), options=options)
+        options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+        states.set_model_state_dict(self.model, state["model"], options=options)
+        groups = self.optimizer.param_groups  # kept, with the rates, betas and decay of this command line
+        states.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
         for moments in self.optimizer.state.values():  # they still lie in the checkpoint, mapped into memory
             moments.update({name: tensor.clone() for name, tensor in moments.items()})
         for group, saved in zip(groups, self.optimizer.param_groups, strict=True):
             group["step"] = saved["step"].to(self.device)
-        self.optimizer.param_groups = groups  # with the rates, betas and decay of this command line
+        self.optimizer.param_groups = groups
         if state["scaler"]:  # empty where the run was not in float16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        if self.device.type != "cuda":
-            return [t.to(self.device) for t in tensors]
-        # From pinned memory, nobody waits for the copy: the next batch is made while this update runs.
-        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        cuda = self.device.type == "cuda"  # from pinned memory, the next batch is copied during this update
+        return [(t.pin_memory() if cuda else t).to(self.device, non_blocking=cuda) for t in tensors]
 
     def rate(self) -> float:
         c = self.config
-        return lr_cosine_schedule(self.step, c.max_lr, c.min_lr, c.warmup_steps, c.max_steps)
+        return lm.lr_cosine_schedule(self.step, c.max_lr, c.min_lr, c.warmup_steps, c.max_steps)
 
     # --------------------------------------------------------------------------------------------- One update
 
@@ -482,8 +447,6 @@ class TrainManager:
             self.compile_optimizer, self.optimizer.step = False, torch.compile(self.optimizer.step)
         return total, norm
 
-    # ----------------------------------------------------------------------------------------------- The rest
-
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Validation loss in nats per token and in bits per byte, over the same windows each time."""
@@ -507,18 +470,13 @@ class TrainManager:
         ids = [*self.tokenizer.start_ids, *self.tokenizer.encode(b"\n").tolist()]
         prompt = torch.tensor([ids], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        if self.config.fsdp:
-            self.model.unshard()  # what is outside of the blocks; they do so themselves
-        stream = self.model.stream(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
-        text = "".join(self.tokenizer.decode(token.item() for token in stream))
-        if self.config.fsdp:
-            self.model.reshard()
-        return text
+        made = self.model.generate(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
+        return "".join(self.tokenizer.decode(made[0, len(ids) :].tolist()))
 
     def check(self) -> None:
         """Raise ValueError once a gradient was not finite. It waits for the device: not for each update."""
-        scaled = self.scaler.is_enabled()
-        if self.scaler.get_scale() < 2**-20 if scaled else self.skipped > 0:
+        diverged = self.scaler.get_scale() < 2**-20 if self.scaler.is_enabled() else self.skipped > 0
+        if diverged:
             raise ValueError(
                 f"loss or gradient not finite at update {self.step} or shortly before; {self.config.out_dir} "
                 f"keeps what was saved before; try --max_lr below {self.config.max_lr}, --warmup_steps above "
@@ -526,9 +484,9 @@ class TrainManager:
             )
 
     def save(self, name: str, with_optimizer: bool = True) -> None:
-        options = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
-            "model": full.get_model_state_dict(self.model, options=options),
+            "model": states.get_model_state_dict(self.model, options=options),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "config": dataclasses.asdict(self.config),
@@ -536,7 +494,7 @@ class TrainManager:
             "tokenizer": self.meta["tokenizer"],
         }
         if with_optimizer:
-            state["optimizer"] = full.get_optimizer_state_dict(self.model, self.optimizer, options=options)
+            state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
         if self.rank == 0:
             self.checkpoints.save(name, state)
 
@@ -580,28 +538,26 @@ class TrainManager:
                 if self.scaler.is_enabled():
                     values["skipped"] = int(self.skipped)
                 logger.progress(self.step, values)
-                mark, marked = time.perf_counter(), self.step
-            pause = time.perf_counter()
             if validate:
                 self.validate(logger)
             if save or stop:
                 self.save_last()
-            mark += time.perf_counter() - pause
+            if log or validate or save:  # only updates are timed
+                mark, marked = time.perf_counter(), self.step
         return stop if self.step < c.max_steps else 0
 
 
 # ------------------------------------------------------------------------------------------------------- main
-
-
 def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
     """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
-    checkpoints, last, prev = CheckpointHandler(out_dir), Path(out_dir, "last.pt"), Path(out_dir, "prev.pt")
+    checkpoints, last = lm.CheckpointHandler(out_dir), Path(out_dir, "last.pt")
+    prev = last.with_name("prev.pt")
     try:
         state = checkpoints.load("last.pt")
     except (ValueError, FileNotFoundError) as problem:
         if not prev.exists():
             raise
-        print(f"{in_words(problem)}; going on from the checkpoint before it, {prev}")
+        print(f"{prepare.in_words(problem)}; going on from the checkpoint before it, {prev}")
         state = checkpoints.load("prev.pt")
         if last.exists():
             os.replace(last, last.with_name("damaged.pt"))
@@ -610,20 +566,18 @@ def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
-            kept = f"the run in {out_dir} has {saved[key]}, and resuming keeps it"
-            raise ValueError(f"--{key}={given[key]}: {kept}")
+            raise ValueError(f"--{key}={given[key]}: the run in {out_dir} has {saved[key]} and keeps it")
     return TrainConfig(**saved | given), state
 
 
 def new_config(given: dict) -> TrainConfig:
     """The config of a fresh run: the given keys, and where it fine-tunes a model, that model's shape."""
-    config = TrainConfig(**given)
-    if not config.init_from:
-        return config
-    shape = dataclasses.asdict(pretrained_config(config.init_from))
+    if not (folder := given.get("init_from")):
+        return TrainConfig(**given)
+    shape = dataclasses.asdict(lm.pretrained_config(folder))
     for key in sorted(SHAPE_KEYS & given.keys() - {"dropout"}):
         if given[key] != shape[key] and not (key == "context_length" and given[key] < shape[key]):
-            raise ValueError(f"--{key}={given[key]}: the model in {config.init_from} has {shape[key]}")
+            raise ValueError(f"--{key}={given[key]}: the model in {folder} has {shape[key]}")
     return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
 
 
@@ -633,7 +587,7 @@ def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
     if c.vocab_size < meta["vocab_size"]:
         raise ValueError(f"--vocab_size={c.vocab_size}: the tokenizer has {meta['vocab_size']} tokens")
     c.model()  # refuses what cannot be, before anything is read
-    device, dtype = pick_device(c.device, c.dtype)
+    device, dtype = prepare.pick_device(c.device, c.dtype)
     c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
     if c.wandb_project:
         importlib.import_module("wandb")  # if it is missing, that is an error now
@@ -662,22 +616,21 @@ def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
     begun = any(Path(out_dir, name).exists() for name in ("last.pt", "prev.pt"))
     if resume is True or (resume == "auto" and begun):
         config, state = resume_run(given, out_dir)
+    elif begun:
+        ways = f"python train.py --resume=True --out_dir={out_dir}  or keep it:  --out_dir={out_dir}-2"
+        raise ValueError(f"{out_dir} holds a run already; go on with it:  {ways}")
     else:
         config, state = new_config(given), None
-        if begun:
-            raise ValueError(
-                f"{out_dir} holds a run already; go on with it:  python train.py --resume=True "
-                f"--out_dir={out_dir}  or keep it:  python train.py --out_dir={out_dir}-2"
-            )
         if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
             print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
-            prepare_default(config.data_dir, config.init_from and find_tokenizer(config.init_from))
-    meta = load_meta(config.data_dir)
+            tokenizer = config.init_from and prepare.find_tokenizer(config.init_from)
+            prepare.prepare_default(config.data_dir, tokenizer)
+    meta = prepare.load_meta(config.data_dir)
     resolve(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
     data, model = f"--data_dir={config.data_dir}", config.init_from
     if state and state["tokenizer"] != meta["tokenizer"]:
         raise ValueError(f"{data}: not the tokenizer that the run in {out_dir} has")
-    if model and not state and find_tokenizer(model).spec != meta["tokenizer"]:
+    if model and not state and prepare.find_tokenizer(model).spec != meta["tokenizer"]:
         command = f"python prepare.py TEXT --tokenizer={model} --out_dir={config.data_dir}"
         raise ValueError(f"{data}: not in the tokens of {model}; prepare it again:  {command}")
     return config, meta, state
@@ -688,18 +641,17 @@ def plan(given: dict) -> None:
     if given.get("resume"):
         raise ValueError("--dry_run=True: plans a new run; leave out --resume")
     config, world_size = new_config(given), int(os.environ.get("WORLD_SIZE", 1))
-    meta = load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
-    resolve(config, meta or {"vocab_size": ByteTokenizer.vocab_size}, world_size)
+    meta = prepare.load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
+    resolve(config, meta or {"vocab_size": prepare.ByteTokenizer.vocab_size}, world_size)
     describe(config, meta, world_size)
 
 
-def run_training(manager: TrainManager, given: dict) -> int:
-    """The run from where it stands to its end, or to a signal → the exit status."""
+def run_training(manager: TrainManager, given: dict) -> None:
+    """The run from where it stands to its end, or to a signal, which the exit status then tells."""
     config = manager.config
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     describe(config, manager.meta, manager.world_size)
-    nats = f"{math.log(config.vocab_size):.2f} nats, ln({config.vocab_size})"
-    print(f"A loss of {nats}, is a blind guess among all tokens.")
+    print(f"A loss of {math.log(config.vocab_size):.2f} nats, ln({config.vocab_size}), is a blind guess.")
     logger = Logger(config, manager.step) if manager.rank == 0 else Silent()
 
     def stop(number: int, frame) -> None:
@@ -718,18 +670,21 @@ def run_training(manager: TrainManager, given: dict) -> int:
     again = f"{command} --resume=True --out_dir={config.out_dir}{''.join(keys)}"
     if stopped:
         logger.say(f"stopped after update {manager.step}; go on with:  {again}")
-        return 128 + stopped
-    print(
-        f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
-        f"best validation loss {manager.best_val_loss:.4f} nats\n"
-        f"sample more:  python sample.py --checkpoint={Path(config.out_dir, 'best.pt')}\n"
-        f"train on:     {again} --max_steps={2 * config.max_steps}"
-    )
-    return 0
+    else:
+        print(
+            f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
+            f"best validation loss {manager.best_val_loss:.4f} nats\n"
+            f"sample more:  python sample.py --checkpoint={Path(config.out_dir, 'best.pt')}\n"
+            f"train on:     {again} --max_steps={2 * config.max_steps}"
+        )
+    if dist.is_initialized():
+        dist.barrier()  # who leaves early would look dead to the others
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 def main(argv: list[str]) -> None:
-    given = parse_args(TrainConfig, argv, __doc__)
+    given = prepare.parse_args(TrainConfig, argv, __doc__)
     if given.get("dry_run"):
         plan(given)
         return
@@ -738,11 +693,9 @@ def main(argv: list[str]) -> None:
     try:
         manager = TrainManager(config, meta, state)
         del state  # as large as the model and its optimizer
-        status = run_training(manager, given)
-        if dist.is_initialized():
-            dist.barrier()  # who leaves early would look dead to the others
+        run_training(manager, given)
     except (RuntimeError, MemoryError) as problem:  # say what happened where torch's own words do not
-        if out_of_memory(problem):
+        if prepare.out_of_memory(problem):
             keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
             values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
             raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
@@ -750,18 +703,16 @@ def main(argv: list[str]) -> None:
             lost = f"another process of this run died, or was silent for --timeout={config.timeout} seconds"
             raise ValueError(f"{lost} ({str(problem).splitlines()[0]})") from None
         raise
-    if status:
-        sys.exit(status)
 
 
 if __name__ == "__main__":
     try:
-        run(main)
+        prepare.run(main)
         status = 0
     except SystemExit as leaving:
         status = leaving.code
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         status = 1
     if dist.is_torchelastic_launched():
         sys.stdout.flush()
