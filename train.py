@@ -308,18 +308,7 @@ def over_all(value: float, operation=dist.ReduceOp.SUM) -> float:
     return tensor.item()
 
 
-class Loss(nn.Module):
-    """TransformerLM.loss as a forward, which is what DDP acts on."""
-
-    def __init__(self, model: lm.TransformerLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(tokens, targets)
-
-
-def spread(loss: Loss, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def spread(loss: nn.Module, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Make loss, and what it does backward, one over all processes.
 
     With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
@@ -341,6 +330,17 @@ def spread(loss: Loss, c: TrainConfig, device: torch.device, dtype: torch.dtype)
 
 
 # --------------------------------------------------------------------------------------------------- Training
+class Loss(nn.Module):
+    """TransformerLM.loss as a forward, which is what DDP acts on."""
+
+    def __init__(self, model: lm.TransformerLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(tokens, targets)
+
+
 class TrainManager:
     """One training run: the model and all that changes with it, from its first update to its last."""
 
