@@ -21,11 +21,9 @@ import inspect
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import sys
-import sysconfig
 import tempfile
 import time
 import timeit
@@ -40,35 +38,32 @@ import torch
 
 from lm import replacing
 
+
 # ------------------------------------------------------------------------------- What all three scripts share
-
-
-def convert(text: str, kind) -> object:
-    """The value that text means for a field of type str, int, float, bool, a Literal, or one | None."""
-    if isinstance(kind, types.UnionType):
-        if text.lower() == "none":
-            return None
-        kind = typing.get_args(kind)[0]
+def convert(arg: str, text: str, kind) -> object:
+    """What text, the value in arg, means for a str, int, float, bool, a Literal, or one of them | None."""
+    kind, *none = typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]
+    if none and text.lower() == "none":
+        return None
     if choices := (True, False) if kind is bool else typing.get_args(kind):
         with contextlib.suppress(KeyError):
             return {str(choice).lower(): choice for choice in choices}[text.lower()]
-        raise ValueError(f"must be one of {', '.join(map(str, choices))}")
+        raise ValueError(f"{arg}: must be one of {', '.join(map(str, choices))}")
     with contextlib.suppress(ValueError):
         return kind(text)
     with contextlib.suppress(ValueError):
         if (number := float(text)).is_integer():  # 1e4 is a whole number too
             return int(number)
-    raise ValueError(f"must be a {'whole ' if kind is int else ''}number")
+    raise ValueError(f"{arg}: must be a {'whole ' if kind is int else ''}number")
 
 
 def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
     """{key: value} of the --key=value in argv, each typed as the dataclass's field of that name.
 
-    Words without dashes make the list `inputs`, where that is a field. --help prints doc and the keys, each
-    with the comment behind its field. Raises ValueError for an unknown key or a value not of its type.
+    --help prints doc and the keys, each with the comment behind its field. Raises ValueError for an unknown
+    key or a value not of its type.
     """
     keys, given = {field.name: field for field in dataclasses.fields(config_class)}, {}
-    takes_inputs = keys.pop("inputs", None) is not None
     if {"-h", "--help"} & set(argv):
         source = inspect.getsource(config_class)
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
@@ -78,18 +73,12 @@ def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
         raise SystemExit(0)
     for arg in argv:
         key, equals, text = arg.removeprefix("--").partition("=")
-        if takes_inputs and not arg.startswith("--"):
-            given.setdefault("inputs", []).append(arg)
-        elif key not in keys:
+        if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
             raise ValueError(f"{arg}: no such key; did you mean --{near}=VALUE? (--help lists all)")
-        elif not (equals and arg.startswith("--")):
+        if not (equals and arg.startswith("--")):
             raise ValueError(f"{arg}: a key is given as --{key}=VALUE")
-        else:
-            try:
-                given[key] = convert(text, keys[key].type)
-            except ValueError as problem:
-                raise ValueError(f"{arg}: {problem}") from None
+        given[key] = convert(arg, text, keys[key].type)
     return given
 
 
@@ -157,8 +146,6 @@ def bfloat16_is_fast() -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- Tokenizers
-
-
 class ByteTokenizer:
     """Each byte is a token: nothing to train, nothing unknown. Byte 0, unused in text, ends a document."""
 
@@ -223,18 +210,14 @@ class BPETokenizer(ByteTokenizer):
         self.vocab_size, self.eos_id = max(names) + 1, eos_id
         self.start_ids = tuple(self.tokenizer.encode("").ids)  # what it puts before each text: Llama 2's <s>
         self.spec = {"kind": "bpe", "eos_id": eos_id, "json": text}
-        spell = self.spell_bytes
-        if "ByteLevel" not in decoder:  # then each text that is encoded gets a space before it
-            spell = self.spell_words
+        self.byte_level = "ByteLevel" in decoder
+        if not self.byte_level:  # then each text that is encoded gets a space before it
             self.pieces = lambda blocks: filter(None, [b"".join(blocks).decode()])
-        self.table = tuple(spell(names.get(token, "")) for token in range(self.vocab_size))
+        self.table = tuple(self.spell(names.get(token, "")) for token in range(self.vocab_size))
 
-    @staticmethod
-    def spell_bytes(name: str) -> bytes:
-        return bytes(BYTES[c] for c in name) if BYTES.keys() >= set(name) else name.encode()
-
-    @staticmethod
-    def spell_words(name: str) -> bytes:
+    def spell(self, name: str) -> bytes:
+        if self.byte_level:
+            return bytes(BYTES[c] for c in name) if BYTES.keys() >= set(name) else name.encode()
         byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
         return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
 
@@ -306,8 +289,7 @@ def export_tokenizer(tokenizer: ByteTokenizer, folder: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- Documents
-
-LIBRARY = f"the standard library of Python {platform.python_version()}"
+LIBRARY = f"the standard library of Python {sys.version.split()[0]}"
 EXCLUDED = re.compile(  # tables, giant literals, tests, and paths of the machine that built Python
     r"(^|/)(site-packages|dist-packages|tests?|idle_test|encodings|pydoc_data|lib2to3|idlelib|distutils"
     r"|config-[^/]*|__pycache__)/|(^|/)_sysconfigdata"
@@ -319,13 +301,11 @@ def standard_library() -> list[tuple]:
 
     Whole top-level modules are held out, about a tenth of the bytes, so that no text stands on both sides.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = Path(os.__file__).parent
     parts, names = [], sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     for name in itertools.filterfalse(EXCLUDED.search, names):
         path, top = root / name, name.split("/")[0].removesuffix(".py")
         parts.append((path, 0, path.stat().st_size, zlib.crc32(top.encode()) % 10 == 0))
-    if not parts:
-        raise ValueError(f"{root}: this Python has no source of its library; prepare a text of your own")
     return parts
 
 
@@ -335,9 +315,9 @@ def find_parts(inputs: list[str], val_fraction: float, out_dir: str, copies: str
     Where there are so few that none would be held out, the last val_fraction of all their bytes is. What is
     no file, as standard input, "-", is copied to one in the folder `copies` first.
     """
-    # What an earlier call wrote is no text, should out_dir lie in a folder that is named, or be one.
-    made = {Path(out_dir, name).resolve() for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json")}
-    paths = []
+    # What an earlier call wrote, killed or not, is no text, should out_dir lie in a folder named, or be one.
+    paths, names = [], ("train.bin", "val.bin", "meta.json", "tokenizer.json")
+    made = {Path(out_dir, name + end).resolve() for name in names for end in ("", ".tmp")}
     for i, path in enumerate(map(Path, inputs)):
         if path.is_dir():
             shown = (p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path)}")  # nothing hidden
@@ -414,8 +394,6 @@ class Reader:
 
 
 # ---------------------------------------------------------------------------------------------------- Writing
-
-
 def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
     """Write the documents' tokens to out_dir/train.bin and val.bin, and what they are to out_dir/meta.json.
 
@@ -424,9 +402,7 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
     """
     out, spec, reader = Path(out_dir), dict(tokenizer.spec), Reader("preparing", parts)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")  # the smallest for all ids
-    start = np.array(tokenizer.start_ids, dtype).tobytes()
-    eos = np.array(tokenizer.eos_id, dtype).tobytes()
-    out.mkdir(parents=True, exist_ok=True)
+    seam = np.array([tokenizer.eos_id, *tokenizer.start_ids], dtype)  # between documents
     with replacing(out / "val.bin") as val, replacing(out / "train.bin") as train:
         pieces = reader.pieces(tokenizer)
         while batch := list(itertools.islice(pieces, tokenizer.batch_size)):
@@ -434,15 +410,12 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
             for (held_out, first, _), ids in zip(batch, encoded, strict=True):
                 file = val if held_out else train
                 if first:
-                    file.write((eos if file.tell() else b"") + start)
+                    file.write(seam if file.tell() else seam[1:])
                 file.write(ids.astype(dtype, copy=False))
         tokens, sizes = [file.tell() // dtype.itemsize for file in (train, val)], reader.sizes
         if not all(tokens):
-            other = "a smaller" if tokens[1] else "a larger"
-            raise ValueError(
-                f"{source}: {sum(sizes):,} bytes, of which {sizes[1]:,} are held out, are too little text to "
-                f"train on and to validate with; use more, or {other} --val_fraction"
-            )
+            few = f"{sizes[0]:,} bytes to train on and {sizes[1]:,} to validate with are too few"
+            raise ValueError(f"{source}: {few}; use more text, or another --val_fraction")
     if text := spec.pop("json", None):
         with replacing(out / "tokenizer.json") as file:
             file.write(text.encode())
@@ -456,11 +429,6 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
     print(f"{out}: {tokens[0]:,} tokens to train on, {tokens[1]:,} to validate with, from {source}")
 
 
-def prepare_default(out_dir: str, tokenizer=None) -> None:
-    """Prepare the corpus that needs no download: the standard library of the Python that runs this."""
-    prepare(standard_library(), out_dir, tokenizer or ByteTokenizer(), LIBRARY)
-
-
 def load_meta(data_dir: str) -> dict:
     """data_dir/meta.json. Raises ValueError where it is missing or damaged, with the remedy."""
     path, kinds = Path(data_dir, "meta.json"), {"tokenizer": dict, "dtype": str, "source": str, "sha256": str}
@@ -472,8 +440,6 @@ def load_meta(data_dir: str) -> dict:
                 raise ValueError(f"{key} is {meta[key]!r}")
         if meta["dtype"] not in ("uint8", "uint16", "uint32"):
             raise ValueError(f"dtype is {meta['dtype']!r}")
-        if meta["eos_id"] >= meta["vocab_size"]:
-            raise ValueError(f"eos_id is {meta['eos_id']}, vocab_size {meta['vocab_size']}")
         if "sha256" in meta["tokenizer"]:
             text = path.with_name("tokenizer.json").read_text()
             if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer"].pop("sha256"):
@@ -483,8 +449,7 @@ def load_meta(data_dir: str) -> dict:
         command = f"python prepare.py TEXT --out_dir={data_dir}"
         raise ValueError(f"{problem.filename}: not there; make it:  {command}") from None
     except (ValueError, KeyError, TypeError) as problem:
-        reason = f"{type(problem).__name__}: {problem}"
-        raise ValueError(f"{path}: damaged ({reason}); prepare the data again") from None
+        raise ValueError(f"{path}: damaged ({problem!r}); prepare the data again") from None
     return meta
 
 
@@ -492,7 +457,6 @@ def load_meta(data_dir: str) -> dict:
 class PrepareConfig:
     """Every key of `python prepare.py --key=value`; the comments are its --help."""
 
-    inputs: list[str] = dataclasses.field(default_factory=list)
     out_dir: str = "data"  # the folder to write
     tokenizer: str = "bytes"  # bytes; bpe: learned from the text; or a tokenizer.json, or a folder with one
     vocab_size: int | None = None  # with --tokenizer=bpe: how many tokens to learn; None: 4096
@@ -510,16 +474,14 @@ def make_tokenizer(c: PrepareConfig, parts: list[tuple]) -> ByteTokenizer:
 
 
 def main(argv: list[str]) -> None:
-    c = PrepareConfig(**parse_args(PrepareConfig, argv, __doc__))
+    inputs = [arg for arg in argv if arg == "-" or not arg.startswith("-")]
+    c = PrepareConfig(**parse_args(PrepareConfig, [arg for arg in argv if arg not in inputs], __doc__))
     if not 0 < c.val_fraction < 1:
         raise ValueError(f"--val_fraction={c.val_fraction}: must be above 0 and below 1")
     Path(c.out_dir).mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is an error now
     with tempfile.TemporaryDirectory() as copies:
-        if c.inputs:
-            parts = find_parts(c.inputs, c.val_fraction, c.out_dir, copies)
-            source = " ".join("standard input" if name == "-" else name for name in c.inputs)
-        else:
-            parts, source = standard_library(), LIBRARY
+        parts = find_parts(inputs, c.val_fraction, c.out_dir, copies) if inputs else standard_library()
+        source = " ".join("standard input" if name == "-" else name for name in inputs) or LIBRARY
         prepare(parts, c.out_dir, make_tokenizer(c, parts), source)
 
 

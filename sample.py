@@ -63,19 +63,15 @@ def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, gener
     try:
         shown = prompt.decode()
     except UnicodeDecodeError as problem:
-        where = f"--prompt={c.prompt or '-'}: byte {problem.start:,} of it"
-        raise ValueError(f"{where} is not UTF-8 text") from None
+        raise ValueError(f"--prompt={c.prompt or '-'}: its byte {problem.start:,} is not UTF-8") from None
     ids = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()] or [tokenizer.eos_id]
     if len(ids) > (window := model.config.context_length):
-        longer = f"the prompt's {len(ids):,} tokens are more than the model sees"
-        print(f"{longer}: keeping the last {window}", file=sys.stderr)
+        print(f"of the prompt's {len(ids):,} tokens the model sees the last {window}", file=sys.stderr)
     tokens = torch.tensor([ids[-window:]], device=generator.device)
-    start, made = time.perf_counter(), 0
-    sampling = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "generator": generator}
+    start, made, eos_id = time.perf_counter(), 0, tokenizer.eos_id
     for i in range(c.num_samples):
-        stream = model.stream(tokens, c.max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
-        drawn = (token.item() for token in stream)
-        text = tokenizer.decode(token for token in drawn if token != tokenizer.eos_id)
+        stream = model.stream(tokens, c.max_new_tokens, c.temperature, c.top_k, c.top_p, eos_id, generator)
+        text = tokenizer.decode(token for drawn in stream if (token := drawn.item()) != eos_id)
         first = next(text)  # settings out of range are refused here, before the prompt is shown
         print("\n---\n" * (i > 0) + shown + first, end="", flush=True)
         for piece in text:  # one for each token: the last is the end of what was held back

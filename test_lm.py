@@ -104,8 +104,6 @@ def raising(problem):
 
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (3, 5), (2, 16), (3, 11)])  # up to 33
 @pytest.mark.parametrize("d_in,d_out", [(24, 40), (256, 256), (256, 257)])  # small, large, without halves
@@ -140,8 +138,6 @@ def test_residual_projections_start_smaller_by_the_root_of_their_number():
 
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
-
-
 def test_rmsnorm_is_torchs_rmsnorm_and_its_gradients():
     ours, theirs = RMSNorm(32, 1e-5), torch.nn.RMSNorm(32, 1e-5)
     torch.nn.init.uniform_(ours.weight, 0.5, 2)
@@ -160,8 +156,6 @@ def test_rmsnorm_computes_in_float32_and_returns_its_inputs_dtype(dtype):
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
-
-
 def test_rope_multiplies_pairs_of_halves_by_complex_phases():
     K, theta, start = 8, 500.0, 37
     x, positions = torch.randn(2, 3, 4, K), torch.arange(start, start + 4)
@@ -174,8 +168,6 @@ def test_rope_multiplies_pairs_of_halves_by_complex_phases():
 
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
-
-
 def test_swiglu_is_its_formula_in_float64():
     mlp, x = SwiGLU(16, 40), torch.randn(3, 5, 16)
     gate, up, down = (p.double() for p in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight))
@@ -184,13 +176,9 @@ def test_swiglu_is_its_formula_in_float64():
 
 
 # ----------------------------------------------------------------------------------------- KVCache, Attention
-
-
-def test_kvcache_returns_all_that_it_was_given_in_order_and_refuses_more_when_full():
+def test_a_full_kvcache_refuses_more():
     k, v, cache = *torch.randn(2, 2, 3, 9, 4), KVCache((2, 3, 10, 4), torch.float32, "cpu")
-    for start, end in ((0, 4), (4, 5), (5, 9)):
-        keys, values = cache.update(k[:, :, start:end], v[:, :, start:end])
-        assert torch.equal(keys, k[:, :, :end]) and torch.equal(values, v[:, :, :end]) and cache.length == end
+    cache.update(k, v)
     cache.update(k[:, :, :1], v[:, :, :1])
     with pytest.raises(ValueError, match="11 tokens are more than the cache's 10"):
         cache.update(k[:, :, :1], v[:, :, :1])
@@ -254,8 +242,6 @@ def test_dropout_drops_of_each_residual_branch_and_nothing_else(silent):
 
 
 # --------------------------------------------------------------------------------- ModelConfig, TransformerLM
-
-
 @pytest.mark.parametrize(
     "name,changes",
     [
@@ -322,8 +308,6 @@ def test_more_tokens_than_the_window_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------- Loss
-
-
 @pytest.mark.parametrize("rows,vocab", [(7, 11), (300, 70_000), (600, 70_000)])  # one chunk, two, three
 def test_the_chunked_loss_is_cross_entropy_and_forms_gradients_where_they_are_wanted_alone(rows, vocab):
     x, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
@@ -361,8 +345,6 @@ def test_the_chunked_loss_compiles_to_one_graph_and_refuses_a_second_derivative(
 
 
 # --------------------------------------------------------------------------------------------------- Sampling
-
-
 def drawn(probabilities, draws=4000, **settings):
     """How often each token is drawn from these probabilities."""
     logits = torch.log(torch.tensor(probabilities)).expand(draws, -1)
@@ -408,12 +390,12 @@ def test_top_p_of_one_forms_no_sum_that_could_lose_tokens(monkeypatch):
         sample_token(torch.zeros(2, 9), top_p=0.9)
 
 
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True), st.floats(0.01, 0.99))
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=8, unique=True), st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_sufficient_set(weights, p):
     probs, order = torch.tensor(weights, dtype=torch.float64).div(sum(weights)).sort(descending=True)
     before = probs.cumsum(0) - probs
     assume((probs.cumsum(0) - p).abs().min() > 1e-5)  # a float32 sum cannot tell
-    logits = torch.tensor(weights).log().expand(600, -1)
+    logits = torch.tensor(weights, dtype=torch.float32).log().expand(600, -1)
     seen = set(sample_token(logits, top_p=p).tolist())
     assert order[0].item() in seen and seen <= set(order[before < p].tolist())
 
@@ -440,8 +422,6 @@ def test_any_sampling_settings_draw_a_token_or_are_refused_where_out_of_range(
 
 
 # ------------------------------------------------------------------------------------------- stream, generate
-
-
 @pytest.mark.parametrize("chunks", [[16], [1] * 16, [5, 1, 1, 9]])
 def test_cached_logits_are_the_full_forwards_at_every_position(chunks):
     model, tokens = tiny(num_kv_heads=2).eval(), torch.randint(61, (3, 16))
@@ -506,8 +486,6 @@ def test_prompts_without_tokens_or_with_unknown_ones_and_less_than_no_tokens_are
 
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
-
-
 @pytest.mark.parametrize("rate", [float, torch.tensor])
 def test_adamw_is_torchs_over_100_steps_and_a_saved_state(rate):
     ours = [torch.nn.Parameter(torch.randn(s)) for s in ((7, 5), (5,), (), (2,))]
@@ -547,8 +525,6 @@ def test_the_schedule_is_its_table():
 
 
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
-
-
 def arange_file(path, count, dtype="uint16"):
     np.arange(count).astype(dtype).tofile(path)
     return path
@@ -651,8 +627,6 @@ def test_any_token_file_gives_batches_or_is_refused(tmp_path_factory, content, T
 
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
-
-
 def test_a_checkpoint_returns_what_was_saved(tmp_path):
     plain = {"step": 3, "best": math.inf, "name": "ü", "none": None, "list": [1, (2.5, True)]}
     state, handler = {"model": tiny().state_dict(), **plain}, CheckpointHandler(tmp_path / "new")
@@ -694,18 +668,7 @@ def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, content, sealed
         CheckpointHandler(folder).load("x.pt")
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
-    handler = CheckpointHandler(tmp_path)
-    handler.save("a.pt", {"step": 1})
-    monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match=r"a\.pt"):
-        handler.save("a.pt", {"step": 2})
-    assert handler.load("a.pt") == {"step": 1} and os.listdir(tmp_path) == ["a.pt"]
-
-
 # ----------------------------------------------------------------------------------------------- Hugging Face
-
-
 @pytest.mark.parametrize("changes", LLAMAS)
 def test_we_load_what_transformers_saves_in_shards_of_any_dtype(tmp_path, changes):
     theirs, tokens = in_transformers(tiny(**changes), tmp_path / "ours", eos_id=7), torch.randint(61, (2, 8))
@@ -807,8 +770,6 @@ def test_weights_that_are_missing_too_many_misshapen_or_damaged_are_refused(tmp_
 
 
 # --------------------------------------------------------------------------------------- Copying out of lm.py
-
-
 def definitions():
     """{name: source} of each class, function and constant at the top level of lm.py."""
     source = (ROOT / "lm.py").read_text()
@@ -907,11 +868,7 @@ def test_keys_that_cannot_be_understood_are_refused(arg, message):
 
 
 words = st.text(st.characters(codec="utf-8"), max_size=12)
-
-
 keys = st.sampled_from([f.name for f in train.TrainConfig.__dataclass_fields__.values()])
-
-
 numbers = st.one_of(st.integers(), st.floats(), words, st.sampled_from(["none", "auto", "1e4", "-1", "nan"]))
 
 
@@ -932,7 +889,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(script, config, capsy
         script.main(["--help"])
     out, fields = capsys.readouterr().out, dataclasses.fields(getattr(script, f"{config}Config"))
     assert stop.value.code == 0
-    for shown in (f"--{f.name}={f.default}" for f in fields if f.name != "inputs"):
+    for shown in (f"--{f.name}={f.default}" for f in fields):
         assert re.search(rf"^  {re.escape(shown)} +\w", out, re.MULTILINE), shown
 
 
@@ -974,15 +931,6 @@ def test_what_was_prepared_inside_an_input_folder_is_no_text_and_the_input_may_l
     for _ in range(2):
         prepare.main(["in", f"--out_dir={out_dir}"])
         assert read_tokens(f"{out_dir}/train.bin") + read_tokens(f"{out_dir}/val.bin") == TEXT.encode()
-
-
-@pytest.mark.parametrize("argument", ["missing.txt", "empty.txt", "--val_fraction=0", "--val_fraction=1"])
-def test_what_cannot_be_prepared_is_refused_and_the_old_data_stays(folder, argument):
-    before = contents()
-    Path("empty.txt").touch()
-    with pytest.raises((ValueError, OSError), match=argument):
-        prepare.main([argument])
-    assert contents() == before
 
 
 def test_the_standard_library_is_split_by_whole_modules():
@@ -1050,12 +998,15 @@ def test_preparing_with_a_learned_tokenizer_keeps_it_beside_the_tokens(folder):
         prepare.load_meta("bpe")
 
 
-def test_a_tokenizer_that_cannot_serve_is_refused(folder):
+def test_what_cannot_be_prepared_is_refused_and_the_old_data_stays(folder):
     tokenizers = pytest.importorskip("tokenizers")
     Path("word.json").write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).to_str())
     Path("nothing.json").write_text("{}")
     Path("latin.txt").write_bytes(b"caf\xe9" * 99)
+    Path("empty.txt").touch()
+    before = contents()
     for words, message in (
+        *(([word], word) for word in ("missing.txt", "empty.txt", "--val_fraction=0", "--val_fraction=1")),
         (["text.txt", "--tokenizer=word.json"], r"word\.json: .*"),
         (["text.txt", "--tokenizer=nothing.json"], r"nothing\.json: "),
         (["text.txt", "--tokenizer=text.txt"], r"text\.txt: "),
@@ -1066,6 +1017,7 @@ def test_a_tokenizer_that_cannot_serve_is_refused(folder):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             prepare.main(words)
+        assert contents() == before
 
 
 def test_a_tokenizer_of_words_and_byte_fallback_is_spelled_as_its_own_decoder_does(folder):
@@ -1127,14 +1079,6 @@ def test_long_work_says_how_long_it_will_take(capsys, monkeypatch):
     assert shown == ["preparing 2 of 8 MB  1.0 MB/s  0:06 left", "preparing 4 of 8 MB  0.1 MB/s  1:10 left"]
 
 
-def test_a_missing_or_damaged_meta_json_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"meta\.json: not there; make it:  python prepare\.py"):
-        prepare.load_meta(tmp_path)
-    (tmp_path / "meta.json").touch()
-    with pytest.raises(ValueError, match=r"meta\.json: damaged .*prepare"):
-        prepare.load_meta(tmp_path)
-
-
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | words,
     lambda inner: st.lists(inner) | st.dictionaries(words, inner),
@@ -1146,13 +1090,16 @@ def test_any_meta_json_is_read_or_refused(tmp_path_factory, value, data):
     good = {"tokenizer": {"kind": "bytes"}, "dtype": "uint8", "source": "x", "sha256": "y"}
     good |= {"vocab_size": 256, "eos_id": 0}
     good |= dict.fromkeys(("train_tokens", "val_tokens", "train_bytes", "val_bytes"), 100)
-    path = tmp_path_factory.mktemp("meta") / "meta.json"
-    for content in (value, good | {data.draw(st.sampled_from(sorted(good))): value}):
-        path.write_text(json.dumps(content))
+    folder = tmp_path_factory.mktemp("meta")
+    changed = good | {data.draw(st.sampled_from(sorted(good))): value}
+    with pytest.raises(ValueError, match=r"meta\.json: not there; make it:  python prepare\.py"):
+        prepare.load_meta(folder)
+    for text in ("", json.dumps(value), json.dumps(changed)):
+        (folder / "meta.json").write_text(text)
         try:
-            assert prepare.load_meta(path.parent).keys() >= good.keys()
+            assert prepare.load_meta(folder).keys() >= good.keys()
         except ValueError as problem:
-            assert "meta.json: damaged" in str(problem)
+            assert "meta.json: damaged" in str(problem) and "prepare the data again" in str(problem)
 
 
 # --------------------------------------------------------------------------------------------------- train.py
@@ -1392,20 +1339,6 @@ def test_compiled_training_computes_what_eager_training_does(folder):
 
 
 # ------------------------------------------------------------------------------------------- What a run takes
-
-
-@pytest.mark.parametrize(
-    "count,shape",
-    [  # vocabulary, context, d_model, layers, heads, key/value heads, d_ff, as published
-        (6_738_415_616, (32000, 4096, 4096, 32, 32, 32, 11008)),  # Llama-2 7B
-        (8_030_261_248, (128256, 8192, 4096, 32, 32, 8, 14336)),  # Llama-3 8B
-        (70_553_706_496, (128256, 8192, 8192, 80, 64, 8, 28672)),  # Llama-3 70B
-    ],
-)
-def test_the_parameters_of_published_models_are_counted_without_their_memory(count, shape):
-    assert train.count_parameters(ModelConfig(*shape)) == count
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_memory_of_activations_is_what_a_real_pass_keeps(dtype):
     c = train.TrainConfig(
@@ -1598,8 +1531,6 @@ def test_what_processes_cannot_share_is_refused_with_the_numbers(folder, monkeyp
 
 
 # --------------------------------------------------------------------------------------------- sample.py, run
-
-
 def test_the_three_scripts_run_as_commands_and_a_signal_ends_in_a_checkpoint(tmp_path):
     data, out = TEXT.encode() + bytes(range(256)) * 8, tmp_path / "out"  # any bytes are text
     command("prepare.py", "-", "--val_fraction=0.25", stdin=data, cwd=tmp_path)
@@ -1644,12 +1575,12 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
 
     Path("prompt.txt").write_text("x" * 40)
     out, err = say("@prompt.txt")
-    assert out.startswith("x" * 40) and "40 tokens are more than the model sees: keeping the last 16" in err
+    assert out.startswith("x" * 40) and "of the prompt's 40 tokens the model sees the last 16" in err
     out, err = say("-", b"hello")
     assert out.startswith("hello") and out == say("hello").out  # the same seed draws the same text
     assert out == say(None, b"hello").out  # piped in
     assert re.search(r"^\d tokens, [\d,]+ tokens/s$", err, re.MULTILINE)
-    with pytest.raises(ValueError, match="--prompt=-: byte 4 of it is not UTF-8 text"):
+    with pytest.raises(ValueError, match="--prompt=-: its byte 4 is not UTF-8"):
         say(None, b"hell\xff")
     say("")  # begins after the end of a document
 
@@ -1950,8 +1881,6 @@ def test_any_settings_are_a_run_that_speaks_or_one_error(tmp_path_factory, keys,
 
 
 # -------------------------------------------------------------------------------------------------- README.md
-
-
 def test_the_readmes_twenty_lines_print_what_they_promise(tmp_path, capsys):
     code, promised = re.search(
         r"```python\n((?:(?!```).)*)```\n\nIt prints\n\n```\n(.*?)```", README, re.DOTALL

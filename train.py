@@ -623,8 +623,7 @@ def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
         config, state = new_config(given), None
         if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
             print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
-            tokenizer = config.init_from and prepare.find_tokenizer(config.init_from)
-            prepare.prepare_default(config.data_dir, tokenizer)
+            prepare.main([f"--out_dir={config.data_dir}", f"--tokenizer={config.init_from or 'bytes'}"])
     meta = prepare.load_meta(config.data_dir)
     resolve(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
     data, model = f"--data_dir={config.data_dir}", config.init_from
