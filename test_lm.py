@@ -139,7 +139,7 @@ def test_residual_projections_start_smaller_by_the_root_of_their_number():
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
 def test_rmsnorm_is_torchs_rmsnorm_and_its_gradients():
-    ours, theirs = RMSNorm(32, 1e-5), torch.nn.RMSNorm(32, 1e-5)
+    ours, theirs = RMSNorm(32), torch.nn.RMSNorm(32, 1e-5)
     torch.nn.init.uniform_(ours.weight, 0.5, 2)
     theirs.load_state_dict(ours.state_dict())
     x, g = torch.randn(4, 6, 32, requires_grad=True), torch.randn(4, 6, 32)
@@ -260,6 +260,11 @@ def test_impossible_shapes_are_refused_by_name(name, changes):
 @pytest.mark.parametrize("d_model,d_ff", [(128, 344), (192, 512), (288, 768), (4096, 10928)])
 def test_d_ff_is_eight_thirds_of_d_model_rounded_up_to_a_multiple_of_eight(d_model, d_ff):
     assert ModelConfig(10, 10, d_model, 1, 4).d_ff == d_ff
+
+
+def test_the_defaults_of_a_run_are_those_of_the_model():
+    defaults = {name: getattr(ModelConfig, name) for name in train.SHAPE_KEYS if hasattr(ModelConfig, name)}
+    assert {name: getattr(train.TrainConfig, name) for name in defaults} == defaults and len(defaults) == 6
 
 
 def in_transformers(model, folder, **settings):
@@ -1163,7 +1168,7 @@ def test_resuming_takes_the_runs_keys_or_new_ones_but_refuses_those_that_shape_i
     for arg in ("--d_model=32", "--batch_size=4", "--seed=1"):
         with pytest.raises(ValueError, match=f"{arg}: the run in out has"):
             train.main(["--resume=True", arg])
-    message = r"out holds a run already.*--resume=True --out_dir=out .*--out_dir=out-2"
+    message = r"out holds a run already.* --out_dir=out --resume=True .* --out_dir=out-2"
     with pytest.raises(ValueError, match=message):
         train.main([*SMALL, "--max_steps=1"])
     m = manager("--beta1=0.5", "--weight_decay=0.25", state=last())

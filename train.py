@@ -617,8 +617,9 @@ def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
     if resume is True or (resume == "auto" and begun):
         config, state = resume_run(given, out_dir)
     elif begun:
-        ways = f"python train.py --resume=True --out_dir={out_dir}  or keep it:  --out_dir={out_dir}-2"
-        raise ValueError(f"{out_dir} holds a run already; go on with it:  {ways}")
+        begin = f"python train.py --out_dir={out_dir}"
+        ways = f"go on with it:  {begin} --resume=True  or keep it:  {begin}-2"
+        raise ValueError(f"{out_dir} holds a run already; {ways}")
     else:
         config, state = new_config(given), None
         if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
