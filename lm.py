@@ -146,7 +146,7 @@ class SwiGLU(nn.Module):  # needs: Linear
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # gate and up: (..., F)
 
 
-# ----------------------------------------------------------------------------------------- KVCache, Attention
+# ----------------------------------------------------------------------------------------- Attention, KVCache
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √K) v, where each token sees itself and what came before it.
 
@@ -431,7 +431,7 @@ class TransformerLM(nn.Module):  # needs: everything above
             if caches[0].length == T:
                 caches, start = self.new_caches(B), end - max(1, T // 2)
             unread, start = tokens[:, start:end], end
-            with onednn(unread.numel() > 1):  # without it, a token takes about half the time
+            with onednn(unread.numel() > 1):  # without it, one in bfloat16 takes half the time
                 logits = self.lm_head(self.hidden(unread, caches)[:, -1])
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:

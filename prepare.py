@@ -474,8 +474,10 @@ def make_tokenizer(c: PrepareConfig, parts: list[tuple]) -> ByteTokenizer:
 
 
 def main(argv: list[str]) -> None:
-    inputs = [arg for arg in argv if arg == "-" or not arg.startswith("-")]
-    c = PrepareConfig(**parse_args(PrepareConfig, [arg for arg in argv if arg not in inputs], __doc__))
+    inputs, keys = [], []
+    for arg in argv:
+        (inputs if arg == "-" or not arg.startswith("-") else keys).append(arg)
+    c = PrepareConfig(**parse_args(PrepareConfig, keys, __doc__))
     if not 0 < c.val_fraction < 1:
         raise ValueError(f"--val_fraction={c.val_fraction}: must be above 0 and below 1")
     Path(c.out_dir).mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is an error now

@@ -175,7 +175,7 @@ def test_swiglu_is_its_formula_in_float64():
     close(mlp(x), ((g / (1 + torch.exp(-g)) * (x.double() @ up.T)) @ down.T).float())
 
 
-# ----------------------------------------------------------------------------------------- KVCache, Attention
+# ----------------------------------------------------------------------------------------- Attention, KVCache
 def test_a_full_kvcache_refuses_more():
     k, v, cache = *torch.randn(2, 2, 3, 9, 4), KVCache((2, 3, 10, 4), torch.float32, "cpu")
     cache.update(k, v)
@@ -1765,6 +1765,9 @@ def test_checkpoints_of_something_else_are_refused(trained):
             train.main(["--resume=True"])
         with pytest.raises(ValueError, match=of_sample):
             sample.main(["--checkpoint=out/last.pt"])
+    Path("out/best.pt").rename("out/last.pt")  # it has no optimizer
+    with pytest.raises(ValueError, match=r"last\.pt: not made by this version of .*, or not as a last"):
+        train.main(["--resume=True"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -561,8 +561,8 @@ def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
         state = checkpoints.load("prev.pt")
         if last.exists():
             os.replace(last, last.with_name("damaged.pt"))
-    if set(state.get("config", ())) != set(KEYS):
-        raise ValueError(f"{last}: not made by this version of train.py")
+    if set(state.get("config", ())) != set(KEYS) or "optimizer" not in state:  # best.pt goes without
+        raise ValueError(f"{last}: not made by this version of train.py, or not as a last.pt")
     saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
     for key in sorted(FIXED_KEYS & given.keys()):
         if given[key] != saved[key]:
