@@ -1,7 +1,8 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
-Read it from top to bottom: no name is used before it is defined. Each class or function may be copied out on
-its own, with the imports and with what the comment `# needs:` at its head names.
+A language model reads a sequence of tokens, integers that stand for pieces of text, and predicts at each
+position which token comes next. To train it, show it text and improve these predictions. To generate text,
+draw a token from the last prediction, append it to the sequence, and predict again.
 
     tokens (B, T)                     TransformerBlock:  x ─┬─ RMSNorm ─ MultiheadSelfAttention ─┐
       │                                                     └───────────────── + ◄───────────────┘
@@ -13,23 +14,29 @@ its own, with the imports and with what the comment `# needs:` at its head names
       │
     Linear ─ logits (B, T, V): what is the next token?
 
-Legend, used in every shape:
-    B  batch, sequences side by side                  F  d_ff, the width inside the feed-forward
-    T  time, the tokens of a sequence                 V  vocabulary, how many different tokens there are
-    D  d_model, the width of the residual stream      G  heads of keys and values, each serving H / G of the H
-    H  heads (of queries)                             S  time of keys and values: T and what is cached before
-    K  head size, D / H                               N  B · T, all tokens of a batch in one row
-Tokens are integers that stand for pieces of text. The residual stream is the vector of each token that all
-blocks read and add to. Logits are scores z of what may come next; softmax, exp(z_i) / Σ exp(z_j), makes them
-probabilities. The loss is the mean of -ln(probability of the true next token), in nats.
+The embedding turns each token into a vector of D numbers. This vector x is called the residual stream: each
+block reads it and adds to it, first what attention collects from earlier tokens, then what the feed-forward
+computes from the token's own vector. The last Linear turns each vector into V logits, a score z for every
+token that might come next. Softmax, exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is
+the mean of -ln(probability of the true next token), the cross-entropy, in nats.
+
+The same letters name the dimensions in every shape below:
+    B  batch: sequences processed side by side        V  vocabulary: how many different tokens there are
+    T  time: tokens in a sequence                     H  attention heads (of queries)
+    D  d_model: width of the residual stream          G  heads of keys and values, at most H
+    F  d_ff: width inside the feed-forward            K  head size, D / H
+    N  all tokens of a batch, B · T                   S  tokens that can be attended to: T and those before
+
+Read from top to bottom: no name is used before it is defined. Each class and function can be copied into
+another project, with the imports and with the names that its comment `# needs:` lists.
 """
 
 import contextlib
 import json
 import math
 import os
-import re
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,100 +45,137 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.serialization import config as serialization
 
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
 class Linear(nn.Module):
-    """y = x Wᵀ, with no bias.
+    """A linear map without bias, y = x Wᵀ. Every weight matrix of the model is one of these.
 
-    W starts normally distributed with variance 2 / (d_in + d_out), a compromise between keeping the scale of
-    activations (forward) and of gradients (backward); clipped at 3σ, so that no weight starts as an outlier.
-    Source: Glorot and Bengio, "Understanding the difficulty of training deep networks", 2010, equation 12.
+    The weights start random, with variance 2 / (d_in + d_out). A variance of 1 / d_in would keep the scale of
+    the activations in the forward pass, and 1 / d_out the scale of the gradients in the backward pass; this
+    is the compromise. Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
+    neural networks", 2010, equation 12.
     """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
-        std = math.sqrt(2 / (d_in + d_out))
-        self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(0, std).clamp_(-3 * std, 3 * std))
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        d_out, d_in = self.weight.shape
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (d_in + d_out)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
-        W, d_in, rows = self.weight, x.shape[-1], x.numel() // x.shape[-1]
-        few = rows <= 32 and x.device.type == "cpu" and x.dtype == torch.float32
-        if few and W.numel() >= 2**16 and len(W) % 2 == 0:
-            # So few as in generating: W xᵀ, in halves for two cores, is up to 5 times as fast as x Wᵀ.
-            halves = W.view(2, -1, d_in) @ x.reshape(rows, d_in).T.expand(2, -1, -1)  # (2, d_out/2, rows)
-            return halves.flatten(0, 1).T.reshape(*x.shape[:-1], len(W))
-        return F.linear(x, W)
+        return F.linear(x, self.weight)
 
 
 class Embedding(nn.Module):
-    """A table with a row of D numbers for each token. They start at σ = 1, the scale of RMSNorm."""
+    """A table with one learned vector of D numbers for each token of the vocabulary."""
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model).normal_().clamp_(-3, 3))
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values."""
+        nn.init.normal_(self.weight, std=1.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(...) of integers in 0 … V-1 → (..., D)."""
+        """Integers from 0 to V-1 (...) → their vectors (..., D)."""
         return F.embedding(tokens, self.weight)
 
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
 class RMSNorm(nn.Module):
-    """y = x / √(mean(x²) + ε) · g: scale a vector to root mean square 1, then each feature by its gain g.
+    """y = x / √(mean(x²) + ε) · g: scale each vector to root mean square 1, then each feature by its gain g.
 
+    Every block adds to the residual stream, so its scale grows with depth. A layer learns best when the scale
+    of its input does not change; RMSNorm stands before each layer and sees to that. The gains are learned.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all gains to 1."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
-        x32 = x.float()  # a sum of squares overflows float16 and has 8 bits in bfloat16
+        x32 = x.float()  # squares overflow in float16 and lose digits in bfloat16
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * scale * self.weight).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
 class RoPE(nn.Module):
-    """Rotary position embedding: turn pairs of features by an angle that grows with the position.
+    """Rotary position embedding: rotate queries and keys by an angle that grows with their position.
 
-    The pair (x_j, x_{j + K/2}) at position t is rotated by the angle t·θ^(-2j/K):
+    Attention compares a query with a key by their dot product. That number does not depend on where the two
+    tokens stand, so attention alone cannot tell "dog bites man" from "man bites dog". RoPE rotates every
+    query and key by an angle proportional to its position. The dot product of two rotated vectors depends on
+    the difference of their angles, so attention now sees how far apart two tokens are.
 
-        x_j       ← x_j·cos - x_{j+K/2}·sin
-        x_{j+K/2} ← x_{j+K/2}·cos + x_j·sin
+    A rotation needs two coordinates, so the K features form K/2 pairs (x1, x2). At position t, pair j rotates
+    by the angle t · θ^(-2j/K): the first pair fast, to tell neighbours apart, the last one slowly, for long
+    distances.
 
-    for j = 0 … K/2-1. The dot product of two vectors so rotated depends on how far apart they are, not where.
-    Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; the pairs are those of Hugging Face's Llama.
+        x1 ← x1 · cos - x2 · sin
+        x2 ← x2 · cos + x1 · sin
+
+    Here, as in Hugging Face's Llama, x1 is the first half of the features and x2 the second half. The paper
+    pairs neighbours instead (x1 the even features, x2 the odd ones, "interleaved"). Both are the same method
+    with the features in another order, but weights trained with one pairing do not work with the other.
+    Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
 
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0):
         super().__init__()
-        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (K/2,)
-        angle = torch.outer(torch.arange(context_length, dtype=torch.float32), frequency)
-        # Both tables are (context_length, K): a column for each feature, the sine with the sign of its term.
-        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
+        self.theta = theta
+        # Buffers move with the model to another device; persistent=False keeps them out of checkpoints.
+        self.register_buffer("cos", torch.empty(context_length, head_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(context_length, head_dim // 2), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the two tables: a row for each position, a column for each pair."""
+        context_length, num_pairs = self.cos.shape
+        position = torch.arange(context_length, dtype=torch.float32, device=self.cos.device)
+        pair = torch.arange(num_pairs, dtype=torch.float32, device=self.cos.device)
+        angle = torch.outer(position, self.theta ** (-pair / num_pairs))
+        self.cos.copy_(angle.cos())
+        self.sin.copy_(angle.sin())
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (..., T, K) at the positions start … start + T-1 → (..., T, K). Past the table: ValueError."""
+        """Rotate x (..., T, K), whose tokens have the positions start … start + T-1 → (..., T, K).
+
+        Raises ValueError for positions beyond context_length.
+        """
         end = start + x.shape[-2]
-        if end > len(self.cos):  # a shorter slice might be broadcast, without a word
+        if end > len(self.cos):
             raise ValueError(f"{end} tokens are more than the context_length of {len(self.cos)}")
-        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
-        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by K/2, each meets its partner
+        cos = self.cos[start:end].to(x.dtype)  # (T, K/2)
+        sin = self.sin[start:end].to(x.dtype)
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
 class SwiGLU(nn.Module):  # needs: Linear
-    """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x): a gate says how much of each inner feature passes.
+    """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x).
 
-    silu(z) = z · sigmoid(z); ⊙ multiplies feature by feature.
+    Attention moves information from token to token, but all it does with it is to average. The feed-forward
+    does not look at other tokens: it computes, with a nonlinearity, on what each token has collected. Most of
+    the model's weights are here. The gate decides how much of each inner feature passes: silu(z) = z ·
+    sigmoid(z) is near 0 for negative z and near z for positive z. ⊙ multiplies feature by feature.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
@@ -143,86 +187,114 @@ class SwiGLU(nn.Module):  # needs: Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # gate and up: (..., F)
+        gate = F.silu(self.gate_proj(x))  # (..., F)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 # ----------------------------------------------------------------------------------------- Attention, KVCache
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K) v, where each token sees itself and what came before it.
+    """softmax(q kᵀ / √K) v: each token collects information from itself and the tokens before it.
 
-    Each token asks with its query q; the better another's key k answers, the more it gets of its value v.
-    q (B, H, T, K), k and v (B, H, S, K); the T queries are the last of the S positions. → (B, H, T, K).
+    Each token has a query q (what it looks for), a key k (what it offers) and a value v (what it passes on).
+    The dot product of a query and a key says how well they match. Softmax turns the matches of one query into
+    weights that sum to 1, and the result is the mean of the values with these weights. The dot product of K
+    independent features has a standard deviation of about √K. Divided by √K the scores stay near 1; larger
+    ones would make softmax pick a single token, where its gradient is almost zero.
+
+    q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K). The T queries belong to the last T of the S tokens.
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
-    (T, K), S = q.shape[2:], k.shape[2]
-    # -inf where the key comes after the query, of which softmax makes 0; else 0
-    future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    scores = (q / math.sqrt(K)) @ k.mT + future  # (B, H, T, S)
-    return scores.softmax(-1) @ v
+    T, K = q.shape[-2:]
+    S = k.shape[-2]
+    # A token must not see later ones, which it is to predict: softmax turns -inf into a weight of 0.
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    scores = q / math.sqrt(K) @ k.mT + mask  # (B, H, T, S)
+    return scores.softmax(dim=-1) @ v
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same, by whichever is faster: the lines above, or torch's kernel, which never holds all scores.
+    """The same as `attention`, by torch's fused kernel, which never holds all T · S scores in memory.
 
-    k and v (B, G, S, K): each of their heads serves H / G of the queries'. The kernel's mask begins with the
-    first key, so that it is right for T = S alone. In bfloat16 on a CPU the lines above won up to T = 512.
+    q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). Each head of keys and values serves H / G heads of
+    queries.
     """
-    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
-    if T == 1:  # it sees all, without a mask: so the H / G queries of a group may read its keys together
-        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v).reshape(B, H, 1, K)
-    if G < H:
-        k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-    if T < S or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512):
+    H, T = q.shape[1:3]
+    G, S = k.shape[1:3]
+    # In bfloat16 on a CPU the plain lines make a training step 1.2 times as fast up to T = 512.
+    plain_is_faster = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
+    # The kernel's causal mask takes the queries for the first tokens; here they are the last. One query sees
+    # all.
+    if T > 1 and (plain_is_faster or T < S):
+        k = k.repeat_interleave(H // G, dim=1)
+        v = v.repeat_interleave(H // G, dim=1)
         return attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=G < H)
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far: none is computed twice."""
+    """Keeps the keys and values of earlier tokens while text is generated, so that none is computed twice."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        """shape: (B, G, context_length, K). Their memory is taken once, for the whole window."""
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0
+    def __init__(self, max_length: int):
+        """max_length: for how many tokens memory is taken, at the first update."""
+        self.max_length = max_length
+        self.length = 0  # tokens held so far
+        self.keys = None  # (B, G, max_length, K)
+        self.values = None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, T, K); return all held, (B, G, S, K) each. Raises ValueError when full."""
-        start, end = self.length, self.length + k.shape[2]
-        if end > self.keys.shape[2]:
-            raise ValueError(f"{end} tokens are more than the cache's {self.keys.shape[2]}")
-        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = k, v, end
+        """Append k and v (B, G, T, K); return all keys and values held, (B, G, S, K) each.
+
+        Raises ValueError if they are more than max_length.
+        """
+        start = self.length
+        end = start + k.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens are more than the cache's max_length of {self.max_length}")
+        if self.keys is None:
+            B, G, _, K = k.shape
+            self.keys = k.new_empty(B, G, self.max_length, K)
+            self.values = v.new_empty(B, G, self.max_length, K)
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
-    """H attentions side by side, each on its own K features, mixed by a last projection.
+    """H attentions side by side, each on its own K = D / H features; a last projection mixes their results.
 
-    With G < H heads of keys and values (grouped-query attention), the cache is H / G times smaller.
-    Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
+    Softmax gives one set of weights, so one attention can look for one thing at a time. H heads look for H
+    things, at the same cost. "Self" means that queries, keys and values all come from the same sequence. With
+    G < H heads of keys and values, H / G heads of queries share each of them, and the cache is H / G times
+    smaller. This is grouped-query attention: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
     def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, rope: RoPE):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = d_model // num_heads
         self.q_proj = Linear(d_model, num_heads * self.head_dim)
         self.k_proj = Linear(d_model, num_kv_heads * self.head_dim)
         self.v_proj = Linear(d_model, num_kv_heads * self.head_dim)
         self.o_proj = Linear(num_heads * self.head_dim, d_model)
-        self.rope = rope
+        self.rope = rope  # holds no weights: all layers share one
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) → (B, T, D). With a cache, x follows the tokens in it, sees them, and is added."""
-        if cache is None:  # all heads by one product: on a CPU in bfloat16 up to 1.1 times as fast
-            start, weights = 0, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-            qkv = F.linear(x, torch.cat(weights))  # so q_proj itself is not called here, nor are its hooks
-        else:  # a token at a time: to copy the weights would take longer than to multiply by them
-            start, qkv = cache.length, torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
-        qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
-        q, k = self.rope(qk, start).split((self.num_heads, self.num_kv_heads), 1)
+        """x (B, T, D) → (B, T, D).
+
+        With a cache, the tokens of x follow those in the cache; their keys and values are appended to it.
+        """
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        start = 0 if cache is None else cache.length
+        q = self.rope(q, start)
+        k = self.rope(k, start)
         if cache is not None:
-            k, v = cache.update(k, v)
-        y = fast_attention(q, k, v)
+            k, v = cache.update(k, v)  # (B, G, S, K)
+        y = fast_attention(q, k, v)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -230,470 +302,735 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
 class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAttention and its needs
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
-    With the norm before each branch ("pre-norm"), the residual stream x itself is never rescaled: gradients
-    reach the first layer undamped, and deep models train stably.
+    The norm stands before each branch ("pre-norm"), never on the residual stream itself. So the gradient
+    reaches the first layer through a chain of additions, undamped, and deep models train stably. Dropout sets
+    a random share of what a branch adds to zero, and scales up the rest. The model cannot rely on any single
+    feature then, which helps where it would memorize a small text. It acts in train mode only.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
     """
 
-    def __init__(self, d_model, num_heads, num_kv_heads, d_ff, rope: RoPE, eps=1e-5, dropout=0.0):
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        d_ff: int,
+        rope: RoPE,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        self.input_layernorm = RMSNorm(d_model, eps)
+        self.input_layernorm = RMSNorm(d_model, norm_eps)
         self.self_attn = MultiheadSelfAttention(d_model, num_heads, num_kv_heads, rope)
-        self.post_attention_layernorm = RMSNorm(d_model, eps)
+        self.post_attention_layernorm = RMSNorm(d_model, norm_eps)
         self.mlp = SwiGLU(d_model, d_ff)
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        p = self.dropout if self.training and cache is None else 0.0  # no dropout while generating
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cache), p)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), p)
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cache))
+        x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x
 
 
 # ------------------------------------------------------------------------------------------------------- Loss
-class LinearCrossEntropy(torch.autograd.Function):
-    """mean over n of -log softmax(W x_n)[target_n], without ever holding all the logits.
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -ln softmax(W x_n)[target_n] over all n, in nats. Targets of -100 are left out of the mean.
 
-    Equal, in value and gradient, to F.cross_entropy((x @ weight.T).float(), targets), whose (N, V) numbers
-    would be the largest in memory by far. Here a chunk of rows at a time gives its part of the loss and, at
-    once, of the gradients, because ∂loss/∂logits = (softmax - onehot) / N needs nothing but the logits.
+    x (N, D), weight (V, D), targets (N,) → (), float32.
+    """
+    logits = F.linear(x, weight)  # (N, V)
+    return F.cross_entropy(logits.float(), targets)
+
+
+MAX_LOGITS = 2**24  # hold at most about this many logits at once; in float32 they take 64 MiB
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
+    """The same value and gradients as `cross_entropy`, without all N · V logits in memory at once.
+
+    With a large vocabulary the logits are by far the largest tensor of a training step. Here they exist for
+    one chunk of rows at a time. A chunk yields its part of the loss and, at once, its part of the gradients,
+    because the gradient with respect to the logits needs nothing but the logits: (softmax - onehot(target)) /
+    count.
+    Sources: Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989; Wijmans et al., "Cut Your Losses in
+    Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
-        """x (N, D), weight (V, D), targets (N,) → (), float32. ctx carries what backward needs."""
-        w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-        if with_grad:
-            dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-            ctx.save_for_backward(dx, dw)
-        rows = min(4096, max(256, 2**24 // len(w)))  # at most 64 MiB of float32 logits, for V up to 65,536
-        for start in range(0, len(x), rows):
-            chunk, target = x[start : start + rows], targets[start : start + rows]
-            log_probs = F.log_softmax(chunk @ w.T, -1, dtype=torch.float32)  # (rows, V)
-            total -= log_probs.gather(-1, target[:, None]).sum()
-            if with_grad:  # of the logits: softmax - onehot, which float16 can hold
-                error = log_probs.exp_().scatter_(-1, target[:, None], -1.0, reduce="add").to(x.dtype)
-                dx[start : start + rows] = error @ w
-                dw += error.T @ chunk
-        return total / len(x)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+        """x (N, D), weight (V, D), targets (N,) → (), float32."""
+        w = weight.to(x.dtype)
+        total = torch.zeros((), device=x.device)
+        count = (targets != -100).sum()
+        if needs_grad:
+            dx = torch.empty_like(x)
+            dw = torch.zeros_like(weight, dtype=torch.float32)
+            ctx.save_for_backward(dx, dw, count)
+        chunk_size = max(256, MAX_LOGITS // len(w))
+        for start in range(0, len(x), chunk_size):
+            x_chunk = x[start : start + chunk_size]
+            target = targets[start : start + chunk_size]
+            log_probs = F.log_softmax(x_chunk @ w.T, dim=-1, dtype=torch.float32)  # (chunk_size, V)
+            total += F.nll_loss(log_probs, target, reduction="sum")  # leaves out targets of -100
+            if needs_grad:
+                kept = (target != -100)[:, None]
+                onehot_index = target.clamp(min=0)[:, None]
+                dlogits = log_probs.exp_().scatter_(1, onehot_index, -1.0, reduce="add")  # softmax - onehot
+                dlogits = (dlogits * kept).to(x.dtype)
+                dx[start : start + chunk_size] = dlogits @ w
+                dw += dlogits.T @ x_chunk
+        return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)  # 1 / N waits until here, where the loss scale of float16 multiplies it
+    def backward(ctx, grad_loss: Tensor):
+        dx, dw, count = ctx.saved_tensors
+        # Divide by count only here: in float16, grad_loss holds the loss scale, without which dx would
+        # underflow.
+        scale = grad_loss / count
         return dx * scale, dw * scale, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # needs: LinearCrossEntropy
-    """LinearCrossEntropy of x (..., D), weight (V, D) and targets (...), in nats; heeds autocast."""
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    # needs: cross_entropy, ChunkedCrossEntropy, MAX_LOGITS
+    """`cross_entropy` where the logits are few, else `ChunkedCrossEntropy`: at V = 50,304 a fifth of the
+    memory.
+
+    x (..., D), weight (V, D), targets (...) → (), float32. Raises ValueError if x and targets do not match.
+    """
+    if x.shape[:-1] != targets.shape:
+        raise ValueError(f"x {tuple(x.shape)} and targets {tuple(targets.shape)} do not match")
+    x = x.flatten(0, -2)
+    targets = targets.flatten()
+    if len(x) * len(weight) <= MAX_LOGITS:
+        return cross_entropy(x, weight, targets)
+    # Autocast casts the inputs of torch's own matrix products to a short dtype; do the same for ours.
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    # Asked here, because inside forward gradients are always off: an evaluation forms none.
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), with_grad)
+    # autograd is off inside forward(), so decide here whether gradients are needed.
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return ChunkedCrossEntropy.apply(x, weight, targets, needs_grad)
 
 
 # --------------------------------------------------------------------------------------------------- Sampling
-def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
-    """Draw a token from each row of logits (B, V) → (B,), int64. Raises ValueError for settings out of range.
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token from each row of logits (..., V) → (...), int64.
 
-    temperature   divides the logits: below 1 the likely becomes likelier; 0 takes the likeliest
-    top_k         then only the k likeliest can be drawn; None: all
-    top_p         then only the fewest of the likeliest whose probabilities reach p together; None or 1: all
+    temperature   divides the logits: below 1 makes likely tokens likelier; 0 always takes the likeliest
+    top_k         draw only among the k likeliest tokens; None: all
+    top_p         draw only among the fewest likeliest tokens whose probabilities add up to p; None: all
                   ("nucleus sampling", Holtzman et al., 2019, arXiv:1904.09751)
 
-    Probabilities (0.5, 0.3, 0.15, 0.05), top_p = 0.7: before each there lies (0, 0.5, 0.8, 0.95). Where that
-    is below 0.7 the token is kept: the first two, then drawn with probabilities 0.5 / 0.8 and 0.3 / 0.8.
+    Example: probabilities (0.5, 0.3, 0.15, 0.05) and top_p = 0.7. The probability before each token is
+    (0, 0.5, 0.8, 0.95). Tokens where this is below 0.7 are kept: the first two. They are then drawn with
+    probabilities 0.5 / 0.8 and 0.3 / 0.8.
+
+    Raises ValueError for settings out of range and for logits that are NaN. (A check would make a GPU wait;
+    there NaN is found by torch.multinomial, and ends in a RuntimeError.)
     """
-    V = logits.shape[-1]
-    top_k, top_p = V if top_k is None else top_k, 1.0 if top_p is None else top_p
-    if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
-        raise ValueError(f"{temperature=} must be at least 0, {top_k=} at least 1, {top_p=} above 0, up to 1")
-    if temperature < 1e-30:  # 0, or so near that to divide by it might overflow
-        return logits.argmax(-1)
-    logits, ids = logits.topk(min(top_k, V)) if top_k < V or top_p < 1 else (logits, None)  # likeliest first
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        before = probs.cumsum(-1) - probs
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if logits.device.type == "cpu" and logits.isnan().any():
+        raise ValueError("the logits are NaN: the model's weights are damaged, or its training diverged")
+    if temperature < 1e-6:  # 0, or too close to 0 to divide by
+        return logits.argmax(dim=-1)
+
+    vocab_size = logits.shape[-1]
+    k = vocab_size if top_k is None else min(top_k, vocab_size)
+    logits, tokens = logits.float().topk(k)  # (..., k), likeliest first
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if top_p is not None and top_p < 1:
+        before = probs.cumsum(dim=-1) - probs
         probs = probs.masked_fill(before >= top_p, 0.0)
-    # argmax(p / Exp(1)) is distributed as p, like the winner of a race between exponential clocks (its log is
-    # the Gumbel-max trick); torch.multinomial would wait for the GPU. Clamped, no clock makes 0 / 0 of p = 0.
-    clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
-    choice = (probs / clocks).argmax(-1, keepdim=True)
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
-
-
-@contextlib.contextmanager
-def onednn(wanted: bool) -> Iterator:
-    """Leave the products of a CPU to oneDNN, or else to torch, which is faster for one row in bfloat16."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and wanted
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    choice = torch.multinomial(probs.view(-1, k), 1, generator=generator)  # rows need not sum to 1
+    choice = choice.view(*logits.shape[:-1], 1)
+    return tokens.gather(-1, choice).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------- ModelConfig, TransformerLM
 @dataclass
 class ModelConfig:
-    """The shape of a TransformerLM. One that cannot be raises ValueError."""
+    """The shape of a TransformerLM. Raises ValueError for a shape that cannot be."""
 
     vocab_size: int
-    context_length: int
+    context_length: int  # the most tokens that the model can look at together
     d_model: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int | None = None  # None: as many as heads
-    d_ff: int | None = None  # None: 8/3 · d_model: 3 such matrices cost as much as 2 of 4 · d_model
+    num_kv_heads: int | None = None  # None: num_heads
+    d_ff: int | None = None  # None: 8/3 · d_model, so that its 3 matrices cost as much as 2 of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    tie_embeddings: bool = False  # one matrix serves as embedding and as output
+    tie_embeddings: bool = False  # use one matrix as the embedding and as the last Linear
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        self.d_ff = 8 * math.ceil(self.d_model / 3) if self.d_ff is None else self.d_ff
-        for name, value in vars(self).items():
-            if name not in ("tie_embeddings", "dropout") and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        for name, divisor in (("d_model", "num_heads"), ("num_heads", "num_kv_heads")):
-            if (size := getattr(self, name)) % getattr(self, divisor):
-                raise ValueError(f"{name} is {size}, not a multiple of {divisor}, {getattr(self, divisor)}")
-        self.head_dim = self.d_model // self.num_heads
-        if self.head_dim % 2:
-            raise ValueError(f"d_model / num_heads is {self.head_dim}; it must be even: RoPE rotates pairs")
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.d_ff is None:
+            self.d_ff = 8 * math.ceil(self.d_model / 3)  # a multiple of 8
+        sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_model % (2 * self.num_heads) != 0:
+            raise ValueError(
+                f"d_model is {self.d_model}; it must be a multiple of 2 * num_heads, {2 * self.num_heads}, "
+                "because each head rotates pairs of features"
+            )
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(f"num_kv_heads is {self.num_kv_heads}; num_heads must be a multiple of it")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
 
 class TransformerLM(nn.Module):  # needs: everything above
-    """Tokens in, logits of each next token out: embedding, num_layers blocks, norm, and a last linear map.
+    """The whole model: embedding, num_layers blocks, a norm, and a linear map to the logits of the next
+    token.
 
-    State-dict keys are those of Hugging Face's Llama without the prefix `model.`.
+    The keys of its state dict are those of Hugging Face's Llama without the prefix `model.`.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c = self.config = config
-        rope = RoPE(c.head_dim, c.context_length, c.rope_theta)
-        block = (c.d_model, c.num_heads, c.num_kv_heads, c.d_ff, rope, c.norm_eps, c.dropout)
-        self.embed_tokens = Embedding(c.vocab_size, c.d_model)
-        self.layers = nn.ModuleList(TransformerBlock(*block) for _ in range(c.num_layers))
-        self.norm = RMSNorm(c.d_model, c.norm_eps)
-        self.lm_head = Linear(c.d_model, c.vocab_size)
-        if c.tie_embeddings:
-            self.embed_tokens.weight = self.lm_head.weight  # the head's initial values serve both
-        # 2 · num_layers branches are added: divided by that number's root, the sum does not grow with depth.
-        for layer in self.layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                projection.weight.data /= math.sqrt(2 * c.num_layers)
+        self.config = config
+        rope = RoPE(config.head_dim, config.context_length, config.rope_theta)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_layers):
+            block = TransformerBlock(
+                d_model=config.d_model,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                d_ff=config.d_ff,
+                rope=rope,
+                norm_eps=config.norm_eps,
+                dropout=config.dropout,
+            )
+            self.layers.append(block)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.reset_parameters()
 
-    def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """tokens (B, T), int64 → what the blocks make of them, normed, (B, T, D); T ≤ context_length."""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all initial values anew. This also fills a model that was made on torch's meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        # 2 · num_layers branches add to the residual stream. Independent terms add up like the square root of
+        # their number; divide by it, so that the sum does not grow with depth.
+        for layer in self.layers:
+            layer.self_attn.o_proj.weight /= math.sqrt(2 * len(self.layers))
+            layer.mlp.down_proj.weight /= math.sqrt(2 * len(self.layers))
+        if self.config.tie_embeddings:
+            self.embed_tokens.weight = self.lm_head.weight
+
+    def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """tokens (B, T), int64 → the residual stream after all blocks and the last norm, (B, T, D)."""
         x = self.embed_tokens(tokens)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x = layer(x, cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if caches is None else caches[i])
         return self.norm(x)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T), int64 → logits (B, T, V); those at t depend on the tokens up to t alone."""
-        return self.lm_head(self.hidden(tokens))
+    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """tokens (B, T), int64, T ≤ context_length → logits (B, T, V) of the token after each.
+
+        With caches, one for each layer, tokens are those that follow what the caches hold.
+        """
+        return self.lm_head(self.hidden_states(tokens, caches))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, (), float32, of targets (B, T), the tokens (B, T) one step ahead."""
-        return linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+        """Mean cross-entropy in nats, (), float32. tokens and targets (B, T), int64: targets[t] = tokens[t +
+        1].
 
-    def new_caches(self, batch_size: int) -> list[KVCache]:
-        """An empty KVCache for each layer."""
-        c, weight = self.config, self.lm_head.weight
-        shape = (batch_size, c.num_kv_heads, c.context_length, c.head_dim)
-        return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
-
-    @torch.inference_mode()
-    def stream(
-        self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None
-    ) -> Iterator[Tensor]:
-        """Yield the tokens that follow prompt (B, P), int64, P ≥ 1: (B,) at a time, as they come.
-
-        A row that has drawn eos_id repeats it; the stream ends when all have. When the window is full, its
-        last half is read again into empty caches. temperature, top_k, top_p: as for sample_token. Raises
-        ValueError, at the first token, for what is out of range. The tokens are inference tensors.
+        Targets of -100 are left out of the mean.
         """
-        (B, P), T, V = prompt.shape, self.config.context_length, self.config.vocab_size
-        if max_new_tokens < 0 or not P or prompt.min() < 0 or prompt.max() >= V:
-            raise ValueError(f"prompt must hold tokens, 0 to {V - 1}, and {max_new_tokens=} be at least 0")
-        tokens = torch.cat((prompt, prompt.new_zeros(B, max_new_tokens)), 1)
-        done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
-        caches, start = self.new_caches(B), max(0, P - T)
-        for end in range(P, P + max_new_tokens):
-            if caches[0].length == T:
-                caches, start = self.new_caches(B), end - max(1, T // 2)
-            unread, start = tokens[:, start:end], end
-            with onednn(unread.numel() > 1):  # without it, one in bfloat16 takes half the time
-                logits = self.lm_head(self.hidden(unread, caches)[:, -1])
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            if eos_id is not None:
-                token = token.masked_fill(done, eos_id)
-                done |= token == eos_id
-            tokens[:, end] = token
-            yield token
-            if eos_id is not None and done.all():
-                return
+        x = self.hidden_states(tokens)
+        if type(self.lm_head) is not Linear:  # somebody has replaced it: call what is there
+            return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten())
+        return linear_cross_entropy(x, self.lm_head.weight, targets)
 
-    def generate(self, prompt: Tensor, *args, **kwargs) -> Tensor:
-        """prompt (B, P) → (B, P + new), prompt included; the arguments are those of `stream`."""
-        return torch.cat([prompt, *(token[:, None] for token in self.stream(prompt, *args, **kwargs))], 1)
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue prompt (B, P), int64, P ≥ 1: yield the next token of each row, (B,), as soon as it is
+        drawn.
+
+        temperature, top_k, top_p and generator are those of `sample_token`. A row that has drawn eos_id (the
+        "end of sequence" token) repeats it; the stream ends when all rows have. Call model.eval() first: in
+        train mode, dropout acts here too. Raises ValueError, at the first token, for arguments out of range.
+        """
+        context_length = self.config.context_length
+        vocab_size = self.config.vocab_size
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        if prompt.shape[1] == 0 or prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(f"the prompt must hold one or more tokens, each from 0 to {vocab_size - 1}")
+
+        max_length = min(context_length, prompt.shape[1] + max_new_tokens)
+        tokens = prompt[:, -context_length:]  # what the model can look at
+        finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        caches = [KVCache(max_length) for _ in self.layers]
+        unread = tokens  # the tokens that are not in the caches yet
+        for _ in range(max_new_tokens):
+            if caches[0].length == context_length:  # full: read the last half again, into empty caches
+                caches = [KVCache(max_length) for _ in self.layers]
+                unread = tokens[:, -max(1, context_length // 2) :]
+            x = self.hidden_states(unread, caches)
+            token = sample_token(self.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
+            if eos_id is not None:
+                token = token.masked_fill(finished, eos_id)
+                finished = finished | (token == eos_id)
+            yield token
+            if eos_id is not None and finished.all():
+                return
+            unread = token[:, None]
+            tokens = torch.cat((tokens, unread), dim=1)[:, -context_length:]
+
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """prompt (B, P) → prompt and continuation, (B, P + new). The arguments are those of `stream`."""
+        tokens = [prompt]
+        for token in self.stream(prompt, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
+            tokens.append(token[:, None])
+        return torch.cat(tokens, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------ AdamW
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay, for parameters θ with gradients g at step t:
+    """Adam with decoupled weight decay. For a parameter θ with gradient g, at its step t:
 
-        θ ← θ - η·λ·θ                            decay; give RMSNorm's gains a group with weight_decay=0
-        m ← β₁·m + (1 - β₁)·g                    mean of the gradients
-        v ← β₂·v + (1 - β₂)·g²                   mean of their squares
-        θ ← θ - η·(m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
+        θ ← θ - η · λ · θ                       weight decay λ, scaled by the learning rate η
+        m ← β₁ · m + (1 - β₁) · g               running mean of the gradient
+        v ← β₂ · v + (1 - β₂) · g²              running mean of its square
+        m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)   both start at 0; this removes the bias towards 0
+        θ ← θ - η · m̂ / (√v̂ + ε)
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
-    t is counted once a group: all its parameters should have gradients from its first step on. lr may be a
-    0-d tensor: `torch.compile(optimizer.step)` then serves every rate.
+    Some parameters have gradients a thousand times larger than others. Divided by √v̂, their usual size, all
+    take steps of about η. m averages the noise of single batches away. Weight decay pulls weights towards 0,
+    so that only those stay large that the data keeps asking for. The gains of RMSNorm should be near 1, not
+    0: put them into a parameter group with weight_decay=0.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101. The state
+    is laid out as torch.optim.AdamW's, and each loads the other's state_dict. The defaults differ from
+    torch's, (0.9, 0.999) and 0.01: these are usual for language models. lr may be a 0-d tensor, so that a
+    compiled step serves every learning rate. Raises ValueError for settings out of range.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ):
+        if not lr >= 0:
+            raise ValueError(f"lr is {lr}; it must be at least 0")
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"betas are {betas}; each must be at least 0 and below 1")
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}; it must be at least 0")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay is {weight_decay}; it must be at least 0")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
+        """Update all parameters that have a gradient; return the loss of closure(), if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-            group["step"] = t = group.get("step", torch.zeros((), device=params[0].device)) + 1
-            # Stacked, the powers are computed once, and not in the innermost loop of a compiled step.
-            correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
-            decay, rate = 1 - lr * group["weight_decay"], lr / correction1
-            for param in params:
+            lr = group["lr"]
+            beta1, beta2 = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
                 state = self.state[param]
                 if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-                m, v, g = state["exp_avg"], state["exp_avg_sq"], param.grad
-                param.mul_(decay)
+                    state["step"] = torch.zeros((), device=param.device)
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                g = param.grad
+                t = state["step"]
+                m = state["exp_avg"]
+                v = state["exp_avg_sq"]
+                t += 1
+                param.mul_(1 - lr * group["weight_decay"])
                 m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                param.addcmul_(m / (v / correction2).sqrt_().add_(eps), rate, value=-1)
+                v.lerp_(g.square(), 1 - beta2)
+                m_hat = m / (1 - beta1**t)
+                v_hat = v / (1 - beta2**t)
+                param.sub_(lr * m_hat / (v_hat.sqrt() + group["eps"]))
         return loss
 
 
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of an update: a line up to max_lr, half a cosine down to min_lr, then min_lr.
+    """The learning rate of an update: up in a line, down along half a cosine, then constant.
 
-    Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983, equation 5.
+    Why a warm-up: at first AdamW's running means rest on a few batches, and a full step in so uncertain a
+    direction can do damage that takes long to repair. Why go down: small steps at the end settle into the
+    minimum that large ones jump around in. Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983,
+    equation 5.
     """
+    # 1. Warm-up: a line from 0 to max_lr.
     if step < warmup_steps:
         return max_lr * step / warmup_steps
-    progress = 1.0 if step >= total_steps else (step - warmup_steps) / (total_steps - warmup_steps)
+    # 2. After the last step: min_lr.
+    if step >= total_steps:
+        return min_lr
+    # 3. In between: half a cosine from max_lr down to min_lr.
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
-class MemmapTokenDataset(torch.utils.data.Dataset):
-    """Windows of context_length + 1 tokens in a file of unsigned little-endian integers of any size.
+def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Which of n windows stands at each of the positions (B,) of a shuffled epoch → (B,), int64.
 
-    An epoch visits all n windows once, in an order of its own, which is not stored but computed: place i of
-    the epoch belongs to window π(i). π permutes 0 … n-1 on the next power of two, by steps that can each be
-    undone: add; multiply by an odd number; fold high bits onto low ones. What lands beyond n-1 is sent on,
-    until it lands below ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-    Each epoch also shifts all its windows by an offset of its own, so that they begin at other tokens.
+    A first reader may take this as given: it is a random permutation of 0 … n-1, fixed by seed and epoch. It
+    is computed for the positions asked for, not stored, because a stored one would grow with the file, and
+    windows drawn at random would repeat some and miss others. Each line of the scrambling can be undone, so
+    two numbers never become one. It permutes 0 … 2^bits - 1; a result beyond n-1 is scrambled again until it
+    is not ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64).reshape(3, 2)
+    bits = (n - 1).bit_length()
+    mask = np.uint64(2**bits - 1)
+    half = np.uint64((bits + 1) // 2)
+    result = positions.astype(np.uint64)
+    outside = np.full(len(result), True)
+    while outside.any():
+        x = result[outside]
+        for add, multiply in keys:
+            x = (x + add) * (multiply | np.uint64(1)) & mask  # odd factors can be divided out again
+            x = x ^ (x >> half)
+        result[outside] = x
+        outside = result >= n
+    return result.astype(np.int64)
+
+
+class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
+    """Windows of T = context_length tokens from a file of token ids, one after another, in no other format.
+
+    Window i is the pair (x, y): x holds the tokens i·T … i·T + T-1, and y the token that follows each of
+    them. The file is mapped into memory: the operating system reads the parts that are asked for, so that it
+    may be larger than memory. An epoch is one pass over all windows, in an order of its own.
     """
 
-    def __init__(self, path: str | os.PathLike, context_length: int, dtype, vocab_size: int | None = None):
-        """Raises ValueError for a file that is no whole number of tokens or shorter than a window."""
-        self.path, self.context_length, self.vocab_size = Path(path), context_length, vocab_size
-        self.dtype = dtype = np.dtype(dtype).newbyteorder("<")
-        count, rest = divmod(size := self.path.stat().st_size, dtype.itemsize)
-        window = context_length + 1  # x and y are the same tokens, one apart
-        if rest:
-            raise ValueError(f"{path}: {size:,} bytes are no whole number of {dtype.name}s; prepare it again")
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        context_length: int,
+        dtype: np.dtype | str,
+        vocab_size: int | None = None,
+    ):
+        """dtype: of the file's integers, unsigned, little-endian. vocab_size: refuse tokens that are not
+        below it.
+
+        Raises OSError if the file cannot be read, ValueError if it is no whole number of tokens or too short.
+        """
+        self.path = Path(path)
+        self.context_length = context_length
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.vocab_size = vocab_size
+        size = self.path.stat().st_size
+        if size % self.dtype.itemsize != 0:
+            raise ValueError(f"{path}: {size:,} bytes are not a whole number of {self.dtype.name} tokens")
+        window = context_length + 1  # T tokens, and the one after them
+        count = size // self.dtype.itemsize
         if count < window:
             raise ValueError(f"{path}: {count:,} tokens are fewer than context_length + 1 = {window}")
-        self.tokens = np.memmap(self.path, dtype, mode="r")
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, window)  # no copy
+        self.tokens = np.memmap(self.path, self.dtype, mode="r")
+        # One row for each window. This is a view of the file: nothing is read or copied yet.
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, window)[::context_length]
 
     def __reduce__(self):
-        # A DataLoader's workers open the file themselves: pickled as it is, the map would be copied whole.
+        # The workers of a DataLoader open the file themselves; pickled as it is, the whole file would be
+        # copied.
         return type(self), (self.path, self.context_length, self.dtype, self.vocab_size)
 
     def __len__(self) -> int:
-        return max(1, (len(self.tokens) - self.context_length) // self.context_length)  # room for the shift
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Window `index` → (x, y), each (T,), int64, y one token ahead of x."""
+        """Window `index` → (x, y), each (T,), int64. Raises IndexError outside 0 … len-1."""
         if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        x, y = self.windows(np.array([index * self.context_length]))
+            raise IndexError(f"there is no window {index}: {self.path} has {len(self)}")
+        x, y = self.windows([index])
         return x[0], y[0]
 
-    def windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The windows that begin at the tokens `starts` (B,) → (x, y), each (B, T), int64."""
-        rows = self.rows[starts]
+    def windows(self, indices: np.ndarray | list[int]) -> tuple[Tensor, Tensor]:
+        """The windows with these indices (B,) → (x, y), each (B, T), int64.
+
+        Raises ValueError for a token that is not below vocab_size.
+        """
+        rows = self.rows[indices]  # (B, T + 1)
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
-            found = f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}"
-            raise ValueError(f"{found}, but the vocabulary has {self.vocab_size} entries; prepare it again")
+            raise ValueError(
+                f"{self.path}: token {indices[row] * self.context_length + column:,} is {rows[row, column]}, "
+                f"but the vocabulary has {self.vocab_size} entries; prepare the file again"
+            )
         tokens = torch.from_numpy(rows.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
-    def batch(self, step: int, batch_size: int, seed: int, rank=0, world_size=1) -> tuple[Tensor, Tensor]:
-        """(x, y), as of `windows`: this rank's batch_size / world_size rows of batch `step`, from 0.
+    def batch(
+        self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Batch number `step`, from 0, of an endless row of shuffled epochs → (x, y), each (batch_size, T),
+        int64.
 
-        It depends on the arguments and the file alone. Raises ValueError if the ranks cannot share evenly.
+        It depends on nothing but the arguments and the file, so that an interrupted run goes on with the same
+        data. Where world_size processes train together, the one with the number `rank` gets its batch_size /
+        world_size rows of the batch. Raises ValueError if batch_size does not divide evenly.
         """
-        if batch_size % world_size:
+        if batch_size % world_size != 0:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
-        share, n, T, starts = batch_size // world_size, len(self), self.context_length, []
-        epochs, places = np.divmod(step * batch_size + rank * share + np.arange(share), n)
-        for epoch in np.unique(epochs).tolist():  # nearly always one
-            keys = np.random.SeedSequence((seed, epoch)).generate_state(7, np.uint64)
-            offset = int(keys[6]) % min(T, len(self.tokens) - n * T)
-            starts.append(self._shuffle(places[epochs == epoch], keys[:6]) * T + offset)
-        return self.windows(np.concatenate(starts))
-
-    def _shuffle(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """π(places), int64, for the permutation π that six random keys, uint64, make."""
-        bits = (len(self) - 1).bit_length()
-        mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
-        x = places.astype(np.uint64)
-        for add, multiply in keys.reshape(3, 2):
-            x = (x + add) * (multiply | 1) & mask
-            x ^= x >> half
-        if (beyond := x >= len(self)).any():
-            x[beyond] = self._shuffle(x[beyond], keys)
-        return x.astype(np.int64)
+        share = batch_size // world_size
+        first = step * batch_size + rank * share
+        epochs, positions = np.divmod(np.arange(first, first + share), len(self))
+        indices = []
+        for epoch in np.unique(epochs).tolist():  # nearly always one, two where an epoch ends in this batch
+            indices.append(shuffled(positions[epochs == epoch], len(self), seed, epoch))
+        return self.windows(np.concatenate(indices))
 
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator:
-    """Open a file to write that takes the place of `path` once it is whole and safe on the disk, or never."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+def atomic_write(path: str | os.PathLike) -> Iterator:
+    """Open a temporary file to write to, and rename it to `path` once it is complete and safe on the disk.
+
+    A crash at any moment leaves the old file or the new one under that name, never a part of one. Raises
+    OSError.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:
-        # torch.save wraps the OSError that it met in a RuntimeError; that of a full disk has no file's name.
-        cause = problem if isinstance(problem, OSError) else problem.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(cause.filename or path)) from None
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-class CheckpointHandler:  # needs: replacing
-    """Saves and loads dictionaries of tensors and plain values: whole or not at all; damage is noticed.
+def check_plain(value, name: str) -> None:
+    """Raise ValueError, naming the entry, for anything but tensors and plain Python values."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            check_plain(key, f"the key {key!r} of {name}")
+            check_plain(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            check_plain(item, f"{name}[{i}]")
+    elif not isinstance(value, Tensor) and type(value) not in (str, bytes, int, float, bool, type(None)):
+        raise ValueError(f"{name} is a {type(value).__name__}, neither a tensor nor a plain Python value")
 
-    A file is what torch.save writes and then its CRC-32, 4 bytes, little-endian, which torch.load ignores.
+
+class CheckpointHandler:  # needs: atomic_write, check_plain
+    """Saves and loads dictionaries of tensors and plain values, such as the state of a training run.
+
+    A file appears whole or not at all, damage to it is noticed, and loading it never runs code. It is what
+    torch.save writes, followed by the CRC-32 of that, 4 bytes, little-endian. torch.load reads it too.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
 
     def save(self, name: str, state: dict) -> None:
-        """Write folder/name. Until that is safe on the disk, the old one stays. Raises OSError."""
-        # torch's own checksums, one for each tensor, would take longer than this one, and miss more.
-        with replacing(self.folder / name) as file, serialization.patch("save.compute_crc32", False):
-            torch.save(state, file)
-            file.write(self._crc32(file).to_bytes(4, "little"))
+        """Write folder/name. The old file stays until the new one is safe on the disk.
+
+        Raises ValueError for a value that `load` would refuse, OSError if the file cannot be written.
+        """
+        check_plain(state, "state")
+        with atomic_write(self.folder / name) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch wraps the OSError of a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+            file.write(self.crc32(file, file.tell()))
 
     def load(self, name: str, map_location: str | torch.device = "cpu") -> dict:
-        """Read folder/name: data, never code. Raises ValueError if damaged, OSError if unreadable."""
+        """Read folder/name. Raises ValueError if it is damaged, OSError if it cannot be read."""
         path = self.folder / name
         with open(path, "rb") as file:
-            if self._crc32(file) != 0x2144DF1C:  # what anything followed by its own CRC-32 comes to
-                raise ValueError(f"{path}: damaged, or no checkpoint at all: its checksum is wrong")
-        try:  # mapped, so that no tensor is copied before it is used
+            size = os.path.getsize(path) - 4
+            if size < 0 or self.crc32(file, size) != file.read(4):
+                raise ValueError(
+                    f"{path}: damaged, or not written by CheckpointHandler.save: "
+                    "it does not end with the CRC-32 of its content"
+                )
+        try:
+            # mmap: a tensor is read when it is used. weights_only: data only, never code.
             return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-        except Exception as problem:  # of any type: these bytes are whole, but no work of `save`
-            raise ValueError(f"{path}: no checkpoint: {type(problem).__name__}") from problem
+        except Exception as error:  # of many types: the content is undamaged, but something else wrote it
+            raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from error
 
     @staticmethod
-    def _crc32(file) -> int:
-        """The CRC-32 of the whole file, which then stands at its end."""
+    def crc32(file, size: int) -> bytes:
+        """The CRC-32 of the first `size` bytes; the file then stands behind them."""
         file.seek(0)
         crc = 0
-        while block := file.read(2**18):
-            crc = zlib.crc32(block, crc)
-        return crc
+        for start in range(0, size, 2**20):
+            crc = zlib.crc32(file.read(min(2**20, size - start)), crc)
+        return crc.to_bytes(4, "little")
 
 
 # ----------------------------------------------------------------------------------------------- Hugging Face
-LLAMA_SHAPE = {  # what config.json calls the fields of ModelConfig
-    "vocab_size": "vocab_size", "max_position_embeddings": "context_length", "hidden_size": "d_model",
-    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rope_theta": "rope_theta",
-    "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings",
-}  # fmt: skip
-LLAMA_KIND = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-NO_EFFECT = r"\w+_token_id|(torch_)?dtype|initializer_range|is_llama_config|use_cache|_name.*|transformers.*"
+# The fields of a Llama's config.json: their names, ours, and the value where a config.json leaves the field
+# out.
+LLAMA_SHAPE = [
+    ("vocab_size", "vocab_size", 32000),
+    ("max_position_embeddings", "context_length", 2048),
+    ("hidden_size", "d_model", 4096),
+    ("num_hidden_layers", "num_layers", 32),
+    ("num_attention_heads", "num_heads", 32),
+    ("num_key_value_heads", "num_kv_heads", None),
+    ("intermediate_size", "d_ff", 11008),
+    ("rms_norm_eps", "norm_eps", 1e-6),
+    ("tie_word_embeddings", "tie_embeddings", False),
+]
+# Fields that would change what the model computes, and the one value that this model supports.
+LLAMA_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+}
 
 
 def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int | None = None) -> None:
-    # needs: replacing, LLAMA_SHAPE, LLAMA_KIND, TransformerLM and its needs
-    """Write a folder that transformers loads as LlamaForCausalLM. Needs safetensors; raises OSError."""
-    from safetensors.torch import save
+    # needs: atomic_write, LLAMA_SHAPE, LLAMA_FIXED, TransformerLM and its needs
+    """Write a folder that Hugging Face's transformers loads as LlamaForCausalLM.
 
-    folder, config = Path(folder), LLAMA_KIND | {"bos_token_id": None, "eos_token_id": eos_id}
-    config |= {theirs: getattr(model.config, ours) for theirs, ours in LLAMA_SHAPE.items()}
-    weights = {n if n == "lm_head.weight" else f"model.{n}": w for n, w in model.named_parameters()}
-    with replacing(folder / "model.safetensors") as file:
-        file.write(save(weights, {"format": "pt"}))
-    with replacing(folder / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode())
+    Needs the package safetensors. Raises OSError if a file cannot be written.
+    """
+    import safetensors.torch
+
+    fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    for theirs, ours, _ in LLAMA_SHAPE:
+        fields[theirs] = getattr(model.config, ours)
+    fields["rope_theta"] = model.config.rope_theta
+    fields["bos_token_id"] = None
+    fields["eos_token_id"] = eos_id
+    weights = {}
+    for name, weight in model.named_parameters():
+        weights[name if name == "lm_head.weight" else f"model.{name}"] = weight
+    with atomic_write(Path(folder, "model.safetensors")) as file:
+        file.write(safetensors.torch.save(weights, {"format": "pt"}))
+    with atomic_write(Path(folder, "config.json")) as file:
+        file.write(json.dumps(fields, indent=2).encode())
 
 
 def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
-    # needs: ModelConfig, LLAMA_SHAPE, LLAMA_KIND, NO_EFFECT
-    """The shape of the Llama in a Hugging Face folder, with changes. Raises OSError or ValueError."""
+    # needs: ModelConfig, LLAMA_SHAPE, LLAMA_FIXED
+    """The shape of the Llama in a Hugging Face folder, with the fields of ModelConfig that `changes` gives
+    replaced.
+
+    Fields of config.json that do not change what LlamaForCausalLM computes are ignored. Raises OSError if the
+    file cannot be read, ValueError if it is not a Llama's or asks for something that this model does not do.
+    """
     path = Path(folder, "config.json")
     try:
-        fields = {"model_type": "absent", "rms_norm_eps": 1e-6} | json.loads(path.read_text())  # if left out
-        fields |= fields.pop("rope_parameters", None) or {}  # where transformers 5 keeps rope_theta
-        shape = {LLAMA_SHAPE[name]: fields.pop(name) for name in LLAMA_SHAPE.keys() & fields.keys()}
-        config = ModelConfig(**shape | changes)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{path}, with {changes}: not understood: {problem!r}") from None
-    known = LLAMA_KIND | {"rope_type": "default", "pretraining_tp": 1, "head_dim": config.head_dim}
-    for name, value in fields.items():  # each must be known here, or null, false or 0
-        if value and value != known.get(name) and not re.fullmatch(NO_EFFECT, name):
-            raise ValueError(f"{path}: {name} is {value!r}, which this model does not do")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        shape = {}
+        for theirs, ours, default in LLAMA_SHAPE:
+            shape[ours] = fields.get(theirs, default)
+        shape["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+        shape.update(changes)
+        config = ModelConfig(**shape)
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the config.json of a Llama: {error}") from None
+
+    if fields.get("model_type") != "llama":
+        raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}; only 'llama' is supported")
+    if rope_type != "default":
+        raise ValueError(f"{path}: RoPE of type {rope_type!r} is not supported, only 'default'")
+    if fields.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(f"{path}: head_dim is {fields['head_dim']}; only d_model / num_heads is supported")
+    for name, supported in LLAMA_FIXED.items():
+        if fields.get(name) not in (None, supported):
+            raise ValueError(f"{path}: {name} is {fields[name]!r}; only {supported!r} is supported")
     return config
 
 
 def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
     # needs: TransformerLM and its needs, pretrained_config and its needs
-    """The Llama in a Hugging Face folder, in float32. Raises OSError or ValueError; needs safetensors."""
+    """The Llama in a Hugging Face folder, in float32; `changes` as in `pretrained_config`.
+
+    Needs the package safetensors. Raises OSError if a file cannot be read, ValueError if the model cannot be
+    built from it.
+    """
     import safetensors.torch
 
-    model, weights = TransformerLM(pretrained_config(folder, **changes)), {}
-    files, index = {"model.safetensors"}, Path(folder, "model.safetensors.index.json")
+    folder = Path(folder)
+    model = TransformerLM(pretrained_config(folder, **changes))
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    state = {}
     try:
-        if index.exists() and not Path(folder, "model.safetensors").exists():
-            files = set(dict(json.loads(index.read_text())["weight_map"]).values())
-        for name in files:
-            weights |= safetensors.torch.load_file(Path(folder, name))  # mapped: no weight is in memory twice
-        # Old files hold RoPE's frequencies too.
-        weights = {k.removeprefix("model."): w for k, w in weights.items() if not k.endswith("inv_freq")}
-        if model.config.tie_embeddings and "embed_tokens.weight" in weights:
-            weights["lm_head.weight"] = weights["embed_tokens.weight"]
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as problem:
-        raise ValueError(f"{folder}: its weights do not fit: {' '.join(str(problem).split())}") from None
+        if index.exists() and not (folder / "model.safetensors").exists():  # the weights are in several files
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = set(weight_map.values())
+        for file in files:
+            for name, weight in safetensors.torch.load_file(folder / file).items():
+                if not name.endswith("inv_freq"):  # older files hold RoPE's frequencies too
+                    state[name.removeprefix("model.")] = weight
+        if model.config.tie_embeddings:
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+        model.load_state_dict(state)
+    except OSError:
+        raise
+    except Exception as error:  # of many types, from JSON, from safetensors and from load_state_dict
+        reason = " ".join(str(error).split())  # in one line
+        raise ValueError(f"{folder}: its weights do not fit its config.json: {reason}") from None
     return model
