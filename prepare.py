@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm import replacing
+from lm import atomic_write
 
 
 # ------------------------------------------------------------------------------- What all three scripts share
@@ -284,7 +284,7 @@ def export_tokenizer(tokenizer: ByteTokenizer, folder: str) -> None:
     files["tokenizer_config.json"] = json.dumps(config | {"split_special_tokens": True})
     files["generation_config.json"] = json.dumps({"eos_token_id": tokenizer.eos_id})
     for name, text in files.items():
-        with replacing(Path(folder, name)) as file:
+        with atomic_write(Path(folder, name)) as file:
             file.write(text.encode())
 
 
@@ -403,7 +403,7 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
     out, spec, reader = Path(out_dir), dict(tokenizer.spec), Reader("preparing", parts)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")  # the smallest for all ids
     seam = np.array([tokenizer.eos_id, *tokenizer.start_ids], dtype)  # between documents
-    with replacing(out / "val.bin") as val, replacing(out / "train.bin") as train:
+    with atomic_write(out / "val.bin") as val, atomic_write(out / "train.bin") as train:
         pieces = reader.pieces(tokenizer)
         while batch := list(itertools.islice(pieces, tokenizer.batch_size)):
             encoded = tokenizer.encode_batch([piece for _, _, piece in batch])
@@ -417,13 +417,13 @@ def prepare(parts: list[tuple], out_dir: str, tokenizer, source: str) -> None:
             few = f"{sizes[0]:,} bytes to train on and {sizes[1]:,} to validate with are too few"
             raise ValueError(f"{source}: {few}; use more text, or another --val_fraction")
     if text := spec.pop("json", None):
-        with replacing(out / "tokenizer.json") as file:
+        with atomic_write(out / "tokenizer.json") as file:
             file.write(text.encode())
         spec["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     meta = {"tokenizer": spec, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
     meta |= {"dtype": dtype.name, "train_tokens": tokens[0], "val_tokens": tokens[1]}
     meta |= {"train_bytes": sizes[0], "val_bytes": sizes[1], "source": source}
-    with replacing(out / "meta.json") as file:
+    with atomic_write(out / "meta.json") as file:
         file.write(json.dumps(meta | {"sha256": reader.digest.hexdigest()}, indent=2).encode() + b"\n")
     show_progress("")
     print(f"{out}: {tokens[0]:,} tokens to train on, {tokens[1]:,} to validate with, from {source}")

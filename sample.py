@@ -70,9 +70,12 @@ def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, gener
     tokens = torch.tensor([ids[-window:]], device=generator.device)
     start, made, eos_id = time.perf_counter(), 0, tokenizer.eos_id
     for i in range(c.num_samples):
+        torch.backends.mkldnn.enabled = True
         stream = model.stream(tokens, c.max_new_tokens, c.temperature, c.top_k, c.top_p, eos_id, generator)
         text = tokenizer.decode(token for drawn in stream if (token := drawn.item()) != eos_id)
         first = next(text)  # settings out of range are refused here, before the prompt is shown
+        # The prompt is read. For one token at a time in bfloat16, torch alone is 1.7 times as fast as oneDNN.
+        torch.backends.mkldnn.enabled = model.lm_head.weight.dtype != torch.bfloat16
         print("\n---\n" * (i > 0) + shown + first, end="", flush=True)
         for piece in text:  # one for each token: the last is the end of what was held back
             print(piece, end="", flush=True)

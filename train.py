@@ -389,7 +389,7 @@ class TrainManager:
         if len(data.tokens) != self.meta[f"{split}_tokens"]:
             stated = f"meta.json says {self.meta[f'{split}_tokens']:,} of type {self.meta['dtype']}"
             raise ValueError(f"{path}: {len(data.tokens):,} tokens, but {stated}; prepare it again")
-        data.windows(np.arange(min(len(data), 4096)) * c.context_length)  # a cheap look for ids out of range
+        data.windows(np.arange(min(len(data), 4096)))  # a cheap look for ids out of range
         return data
 
     def load(self, state: dict) -> None:
@@ -398,11 +398,10 @@ class TrainManager:
         states.set_model_state_dict(self.model, state["model"], options=options)
         groups = self.optimizer.param_groups  # kept, with the rates, betas and decay of this command line
         states.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
-        for moments in self.optimizer.state.values():  # they still lie in the checkpoint, mapped into memory
-            moments.update({name: tensor.clone() for name, tensor in moments.items()})
-        for group, saved in zip(groups, self.optimizer.param_groups, strict=True):
-            group["step"] = saved["step"].to(self.device)
         self.optimizer.param_groups = groups
+        for param_state in self.optimizer.state.values():
+            for name, tensor in param_state.items():  # a copy: these lie in the checkpoint, which is mapped
+                param_state[name] = tensor.to(self.device, copy=True)
         if state["scaler"]:  # empty where the run was not in float16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
@@ -452,13 +451,13 @@ class TrainManager:
         """Validation loss in nats per token and in bits per byte, over the same windows each time."""
         c, data = self.config, self.val_data
         used = min(len(data), max(1, c.eval_tokens // c.context_length)) if c.eval_tokens else len(data)
-        starts = np.arange(used) * len(data) // used * c.context_length
+        indices = np.arange(used) * len(data) // used
         rows = 4 * (c.micro_batch_size or c.batch_size // self.world_size)  # without gradients, more fit
         total = 0.0
         self.model.eval()
         for i in range(0, used, rows * self.world_size):
-            mine = starts[i + self.rank * rows :][:rows]
-            x, y = self.to_device(*data.windows(mine if len(mine) else starts[:1]))  # with FSDP all take part
+            mine = indices[i + self.rank * rows :][:rows]
+            x, y = self.to_device(*data.windows(mine if len(mine) else indices[:1]))  # FSDP needs all to join
             with self.autocast:
                 total += self.model.loss(x, y).item() * len(mine)
         self.model.train()
@@ -470,7 +469,9 @@ class TrainManager:
         ids = [*self.tokenizer.start_ids, *self.tokenizer.encode(b"\n").tolist()]
         prompt = torch.tensor([ids], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        self.model.eval()
         made = self.model.generate(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
+        self.model.train()
         return "".join(self.tokenizer.decode(made[0, len(ids) :].tolist()))
 
     def check(self) -> None:
