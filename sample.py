@@ -70,7 +70,6 @@ def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, gener
     tokens = torch.tensor([ids[-window:]], device=generator.device)
     start, made, eos_id = time.perf_counter(), 0, tokenizer.eos_id
     for i in range(c.num_samples):
-        torch.backends.mkldnn.enabled = True
         stream = model.stream(tokens, c.max_new_tokens, c.temperature, c.top_k, c.top_p, eos_id, generator)
         text = tokenizer.decode(token for drawn in stream if (token := drawn.item()) != eos_id)
         first = next(text)  # settings out of range are refused here, before the prompt is shown
@@ -80,6 +79,7 @@ def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, gener
         for piece in text:  # one for each token: the last is the end of what was held back
             print(piece, end="", flush=True)
             made += 1
+        torch.backends.mkldnn.enabled = True
         print()
     seconds = time.perf_counter() - start
     print(f"{made:,} tokens, {made / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
