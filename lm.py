@@ -116,7 +116,13 @@ class RMSNorm(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
-class RoPE(nn.Module):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x1, x2) of x (..., T, K) by the angles whose cosines and sines are given, (T, K/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class RoPE(nn.Module):  # needs: rotate
     """Rotary position embedding: rotate queries and keys by an angle that grows with their position.
 
     Attention compares a query with a key by their dot product. That number does not depend on where the two
@@ -140,6 +146,7 @@ class RoPE(nn.Module):
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0):
         super().__init__()
         self.theta = theta
+        self.context_length = context_length
         # Buffers move with the model to another device; persistent=False keeps them out of checkpoints.
         self.register_buffer("cos", torch.empty(context_length, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(context_length, head_dim // 2), persistent=False)
@@ -147,25 +154,24 @@ class RoPE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fill the two tables: a row for each position, a column for each pair."""
-        context_length, num_pairs = self.cos.shape
-        position = torch.arange(context_length, dtype=torch.float32, device=self.cos.device)
+        num_pairs = self.cos.shape[1]
+        position = torch.arange(self.context_length, dtype=torch.float32, device=self.cos.device)
         pair = torch.arange(num_pairs, dtype=torch.float32, device=self.cos.device)
         angle = torch.outer(position, self.theta ** (-pair / num_pairs))
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate x (..., T, K), whose tokens have the positions start … start + T-1 → (..., T, K).
+    def forward(self, q: Tensor, k: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Rotate queries q (B, H, T, K) and keys k (B, G, T, K) of the positions start … start + T-1.
 
-        Raises ValueError for positions beyond context_length.
+        Returns both in the same shapes. Raises ValueError for positions beyond context_length.
         """
-        end = start + x.shape[-2]
-        if end > len(self.cos):
-            raise ValueError(f"{end} tokens are more than the context_length of {len(self.cos)}")
-        cos = self.cos[start:end].to(x.dtype)  # (T, K/2)
-        sin = self.sin[start:end].to(x.dtype)
-        x1, x2 = x.chunk(2, dim=-1)
-        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+        end = start + q.shape[-2]
+        if end > self.context_length:
+            raise ValueError(f"{end} tokens are more than the context_length of {self.context_length}")
+        cos = self.cos[start:end].to(q.dtype)  # (T, K/2)
+        sin = self.sin[start:end].to(q.dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
@@ -225,8 +231,9 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     # The kernel's causal mask takes the queries for the first tokens; here they are the last. One query sees
     # all.
     if T > 1 and (plain_is_faster or T < S):
-        k = k.repeat_interleave(H // G, dim=1)
-        v = v.repeat_interleave(H // G, dim=1)
+        if G < H:
+            k = k.repeat_interleave(H // G, dim=1)
+            v = v.repeat_interleave(H // G, dim=1)
         return attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=G < H)
 
@@ -290,8 +297,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         start = 0 if cache is None else cache.length
-        q = self.rope(q, start)
-        k = self.rope(k, start)
+        q, k = self.rope(q, k, start)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, G, S, K)
         y = fast_attention(q, k, v)  # (B, H, T, K)
@@ -570,7 +576,6 @@ class TransformerLM(nn.Module):  # needs: everything above
             return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten())
         return linear_cross_entropy(x, self.lm_head.weight, targets)
 
-    @torch.no_grad()
     def stream(
         self,
         prompt: Tensor,
@@ -604,8 +609,10 @@ class TransformerLM(nn.Module):  # needs: everything above
             if caches[0].length == context_length:  # full: read the last half again, into empty caches
                 caches = [KVCache(max_length) for _ in self.layers]
                 unread = tokens[:, -max(1, context_length // 2) :]
-            x = self.hidden_states(unread, caches)
-            token = sample_token(self.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
+            with torch.inference_mode():
+                x = self.hidden_states(unread, caches)
+                logits = self.lm_head(x[:, -1])
+            token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
                 finished = finished | (token == eos_id)
@@ -681,6 +688,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = group["lr"]
             beta1, beta2 = group["betas"]
+            decay = 1 - lr * group["weight_decay"]
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -694,12 +702,13 @@ class AdamW(torch.optim.Optimizer):
                 m = state["exp_avg"]
                 v = state["exp_avg_sq"]
                 t += 1
-                param.mul_(1 - lr * group["weight_decay"])
+                param.mul_(decay)
                 m.lerp_(g, 1 - beta1)
-                v.lerp_(g.square(), 1 - beta2)
-                m_hat = m / (1 - beta1**t)
-                v_hat = v / (1 - beta2**t)
-                param.sub_(lr * m_hat / (v_hat.sqrt() + group["eps"]))
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                # Stacked, so that a compiled step computes the powers once, not anew for every weight.
+                correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
+                denominator = (v / correction2).sqrt_().add_(group["eps"])
+                param.sub_(m / denominator * (lr / correction1))
         return loss
 
 

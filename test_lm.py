@@ -157,13 +157,25 @@ def test_rmsnorm_computes_in_float32_and_returns_its_inputs_dtype(dtype):
 # ------------------------------------------------------------------------------------------------------- RoPE
 def test_rope_multiplies_pairs_of_halves_by_complex_phases():
     K, theta, start = 8, 500.0, 37
-    x, positions = torch.randn(2, 3, 4, K), torch.arange(start, start + 4)
-    z = torch.complex(x[..., : K // 2].double(), x[..., K // 2 :].double())
-    angle = positions[:, None].double() * theta ** (-2 * torch.arange(K // 2).double() / K)
-    z = z * torch.polar(torch.ones_like(angle), angle)
-    close(RoPE(K, 41, theta)(x, start), torch.cat((z.real, z.imag), -1).float())
+    positions = torch.arange(start, start + 4)[:, None].double()
+    angle = positions * theta ** (-2 * torch.arange(K // 2).double() / K)
+    q, k = torch.randn(2, 3, 4, K), torch.randn(2, 1, 4, K)
+    for x, rotated in zip((q, k), RoPE(K, 41, theta)(q, k, start), strict=True):
+        z = torch.complex(x[..., : K // 2].double(), x[..., K // 2 :].double())
+        z = z * torch.polar(torch.ones_like(angle), angle)
+        close(rotated, torch.cat((z.real, z.imag), -1).float())
     with pytest.raises(ValueError, match="41 tokens are more than the context_length of 40"):
-        RoPE(K, 40, theta)(x, start)
+        RoPE(K, 40, theta)(q, k, start)
+
+
+def test_after_rope_a_dot_product_depends_on_the_distance_alone():
+    rope, q, k = RoPE(8, 100), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(i, j):
+        return (rope(q, q, i)[0] * rope(k, k, j)[1]).sum().item()
+
+    assert score(90, 83) == pytest.approx(score(7, 0), abs=1e-5)
+    assert abs(score(7, 0) - score(6, 0)) > 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
