@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- RoPE
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x1, x2) of x (..., T, K) by the angles whose cosines and sines are given, (T, K/2)."""
+    """Rotate the pairs (x1, x2) of x (..., T, K) by angles with these cosines and sines, (T, K/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
