@@ -226,16 +226,16 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     """
     H, T = q.shape[1:3]
     G, S = k.shape[1:3]
-    # In bfloat16 on a CPU the plain lines make a training step 1.2 times as fast up to T = 512.
+    if T == 1:  # a single new token may see all tokens: no mask
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=G < H)
+    # On a CPU in bfloat16, `attention` makes a whole training step 1.2 times as fast up to T = 512.
     plain_is_faster = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
-    # The kernel's causal mask takes the queries for the first tokens; here they are the last. One query sees
-    # all.
-    if T > 1 and (plain_is_faster or T < S):
-        if G < H:
-            k = k.repeat_interleave(H // G, dim=1)
-            v = v.repeat_interleave(H // G, dim=1)
-        return attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=G < H)
+    if T == S and not plain_is_faster:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
+    if G < H:
+        k = k.repeat_interleave(H // G, dim=1)
+        v = v.repeat_interleave(H // G, dim=1)
+    return attention(q, k, v)
 
 
 class KVCache:
@@ -267,7 +267,7 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
+class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K = D / H features; a last projection mixes their results.
 
     Softmax gives one set of weights, so one attention can look for one thing at a time. H heads look for H
@@ -353,12 +353,13 @@ MAX_LOGITS = 2**24  # hold at most about this many logits at once; in float32 th
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
-    """The same value and gradients as `cross_entropy`, without all N · V logits in memory at once.
+    """The value and the gradients of `cross_entropy`, without holding all N · V logits in memory.
 
     With a large vocabulary the logits are by far the largest tensor of a training step. Here they exist for
-    one chunk of rows at a time. A chunk yields its part of the loss and, at once, its part of the gradients,
-    because the gradient with respect to the logits needs nothing but the logits: (softmax - onehot(target)) /
-    count.
+    one chunk of rows at a time. The gradient of the loss with respect to a row of logits is known as soon as
+    the row is: (softmax - onehot(target)) / count. So the forward pass computes the gradients too, and keeps
+    those. At V = 50,304 this takes a fifth of the memory and half of the time. A first reader may skip this
+    class.
     Sources: Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989; Wijmans et al., "Cut Your Losses in
     Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
     """
@@ -392,16 +393,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor):
         dx, dw, count = ctx.saved_tensors
-        # Divide by count only here: in float16, grad_loss holds the loss scale, without which dx would
-        # underflow.
+        # Divide by count only now: in float16, grad_loss contains the loss scale, which prevents underflow.
         scale = grad_loss / count
         return dx * scale, dw * scale, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # needs: cross_entropy, ChunkedCrossEntropy, MAX_LOGITS
-    """`cross_entropy` where the logits are few, else `ChunkedCrossEntropy`: at V = 50,304 a fifth of the
-    memory.
+    """`cross_entropy` if there are few logits, else `ChunkedCrossEntropy`.
 
     x (..., D), weight (V, D), targets (...) → (), float32. Raises ValueError if x and targets do not match.
     """
@@ -411,7 +410,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     targets = targets.flatten()
     if len(x) * len(weight) <= MAX_LOGITS:
         return cross_entropy(x, weight, targets)
-    # Autocast casts the inputs of torch's own matrix products to a short dtype; do the same for ours.
+    # Under autocast (mixed precision), torch casts the inputs of its matrix products to a shorter dtype.
+    # It does not know ours, so cast here.
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # autograd is off inside forward(), so decide here whether gradients are needed.
@@ -510,8 +510,7 @@ class ModelConfig:
 
 
 class TransformerLM(nn.Module):  # needs: everything above
-    """The whole model: embedding, num_layers blocks, a norm, and a linear map to the logits of the next
-    token.
+    """The whole model: embedding, num_layers blocks, a norm, and a linear map to logits.
 
     The keys of its state dict are those of Hugging Face's Llama without the prefix `model.`.
     """
@@ -566,10 +565,9 @@ class TransformerLM(nn.Module):  # needs: everything above
         return self.lm_head(self.hidden_states(tokens, caches))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, (), float32. tokens and targets (B, T), int64: targets[t] = tokens[t +
-        1].
+        """tokens and targets (B, T), int64 → mean cross-entropy in nats, (), float32.
 
-        Targets of -100 are left out of the mean.
+        The target at each position is the next token. Targets of -100 are left out of the mean.
         """
         x = self.hidden_states(tokens)
         if type(self.lm_head) is not Linear:  # somebody has replaced it: call what is there
@@ -586,12 +584,12 @@ class TransformerLM(nn.Module):  # needs: everything above
         eos_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continue prompt (B, P), int64, P ≥ 1: yield the next token of each row, (B,), as soon as it is
-        drawn.
+        """Continue a prompt (B, P), int64, P ≥ 1: yield one token for each row, (B,), at a time.
 
         temperature, top_k, top_p and generator are those of `sample_token`. A row that has drawn eos_id (the
-        "end of sequence" token) repeats it; the stream ends when all rows have. Call model.eval() first: in
-        train mode, dropout acts here too. Raises ValueError, at the first token, for arguments out of range.
+        "end of sequence" token) repeats it; the stream ends when all rows have drawn it. Call model.eval()
+        first: in train mode, dropout acts here too. Raises ValueError for arguments out of range, when the
+        first token is asked for.
         """
         context_length = self.config.context_length
         vocab_size = self.config.vocab_size
@@ -649,15 +647,16 @@ class AdamW(torch.optim.Optimizer):
         m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)   both start at 0; this removes the bias towards 0
         θ ← θ - η · m̂ / (√v̂ + ε)
 
-    Some parameters have gradients a thousand times larger than others. Divided by √v̂, their usual size, all
-    take steps of about η. m averages the noise of single batches away. Weight decay pulls weights towards 0,
-    so that only those stay large that the data keeps asking for. The gains of RMSNorm should be near 1, not
-    0: put them into a parameter group with weight_decay=0.
+    The mean m smooths out the noise of single batches. Some parameters have gradients a thousand times larger
+    than others; divided by √v̂, their typical size, all of them take steps of about η. Weight decay pulls
+    each weight towards 0 unless the data keeps pushing it away. The gains of RMSNorm belong near 1, not 0:
+    put them into a parameter group of their own with weight_decay=0.
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101. The state
-    is laid out as torch.optim.AdamW's, and each loads the other's state_dict. The defaults differ from
-    torch's, (0.9, 0.999) and 0.01: these are usual for language models. lr may be a 0-d tensor, so that a
-    compiled step serves every learning rate. Raises ValueError for settings out of range.
+    The state has the layout of torch.optim.AdamW: each loads the other's state_dict. The defaults are usual
+    for language models and differ from torch's, which are betas=(0.9, 0.999) and weight_decay=0.01. lr may be
+    a 0-d tensor; then torch.compile(optimizer.step) does not compile again when it changes. Raises ValueError
+    for settings out of range.
     """
 
     def __init__(
@@ -687,8 +686,9 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             lr = group["lr"]
-            beta1, beta2 = group["betas"]
+            eps = group["eps"]
             decay = 1 - lr * group["weight_decay"]
+            beta1, beta2 = group["betas"]
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -707,18 +707,19 @@ class AdamW(torch.optim.Optimizer):
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 # Stacked, so that a compiled step computes the powers once, not anew for every weight.
                 correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
-                denominator = (v / correction2).sqrt_().add_(group["eps"])
-                param.sub_(m / denominator * (lr / correction1))
+                m_hat = m / correction1
+                v_hat = v / correction2
+                param.sub_(lr * m_hat / (v_hat.sqrt() + eps))
         return loss
 
 
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of an update: up in a line, down along half a cosine, then constant.
+    """The learning rate of an update: a straight line up, half a cosine down, then constant.
 
-    Why a warm-up: at first AdamW's running means rest on a few batches, and a full step in so uncertain a
-    direction can do damage that takes long to repair. Why go down: small steps at the end settle into the
-    minimum that large ones jump around in. Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983,
-    equation 5.
+    Why warm up? AdamW's running means start from a few batches, and a large step in such an uncertain
+    direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small
+    ones settle in.
+    Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983, equation 5.
     """
     # 1. Warm-up: a line from 0 to max_lr.
     if step < warmup_steps:
@@ -733,13 +734,14 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Which of n windows stands at each of the positions (B,) of a shuffled epoch → (B,), int64.
+    """A random permutation of 0 … n-1, fixed by seed and epoch: its entries at the positions (B,) → (B,),
+    int64.
 
-    A first reader may take this as given: it is a random permutation of 0 … n-1, fixed by seed and epoch. It
-    is computed for the positions asked for, not stored, because a stored one would grow with the file, and
-    windows drawn at random would repeat some and miss others. Each line of the scrambling can be undone, so
-    two numbers never become one. It permutes 0 … 2^bits - 1; a result beyond n-1 is scrambled again until it
-    is not ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    It tells the dataset below which window comes when. A first reader may skip how. It is computed for the
+    positions asked for, because a stored permutation would grow with the file, while independent random draws
+    would repeat some windows and miss others. Each step of the scrambling can be undone, so no two positions
+    get the same result. It permutes 0 … 2^bits - 1; what lands beyond n-1 is scrambled again until it does
+    not ("cycle walking", Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64).reshape(3, 2)
     bits = (n - 1).bit_length()
@@ -750,7 +752,7 @@ def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     while outside.any():
         x = result[outside]
         for add, multiply in keys:
-            x = (x + add) * (multiply | np.uint64(1)) & mask  # odd factors can be divided out again
+            x = (x + add) * (multiply | np.uint64(1)) & mask  # odd, because only odd factors can be undone
             x = x ^ (x >> half)
         result[outside] = x
         outside = result >= n
@@ -758,11 +760,12 @@ def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
 
 
 class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
-    """Windows of T = context_length tokens from a file of token ids, one after another, in no other format.
+    """Training examples from a file of token ids: one integer after another, nothing else.
 
-    Window i is the pair (x, y): x holds the tokens i·T … i·T + T-1, and y the token that follows each of
-    them. The file is mapped into memory: the operating system reads the parts that are asked for, so that it
-    may be larger than memory. An epoch is one pass over all windows, in an order of its own.
+    The file is cut into windows of T = context_length tokens. Window i is a pair: x holds the tokens from i ·
+    T to i · T + T - 1, and y holds the token that follows each of them. One pass over all windows, in
+    shuffled order, is called an epoch. The file is mapped into memory: the operating system reads only the
+    parts that are used, so the file may be larger than memory.
     """
 
     def __init__(
@@ -772,10 +775,11 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         dtype: np.dtype | str,
         vocab_size: int | None = None,
     ):
-        """dtype: of the file's integers, unsigned, little-endian. vocab_size: refuse tokens that are not
-        below it.
+        """dtype: the type of the file's integers, unsigned and little-endian, such as "uint16".
+        vocab_size: if given, tokens from vocab_size on are refused when they are read.
 
-        Raises OSError if the file cannot be read, ValueError if it is no whole number of tokens or too short.
+        Raises OSError if the file cannot be read, ValueError if it is not a whole number of tokens or too
+        short.
         """
         self.path = Path(path)
         self.context_length = context_length
@@ -793,8 +797,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, window)[::context_length]
 
     def __reduce__(self):
-        # The workers of a DataLoader open the file themselves; pickled as it is, the whole file would be
-        # copied.
+        # pickle would copy the whole file to each worker of a DataLoader; let them open it themselves.
         return type(self), (self.path, self.context_length, self.dtype, self.vocab_size)
 
     def __len__(self) -> int:
@@ -825,12 +828,12 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
     def batch(
         self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Batch number `step`, from 0, of an endless row of shuffled epochs → (x, y), each (batch_size, T),
-        int64.
+        """Batch number `step`, counted from 0 → (x, y), each (batch_size, T), int64.
 
-        It depends on nothing but the arguments and the file, so that an interrupted run goes on with the same
-        data. Where world_size processes train together, the one with the number `rank` gets its batch_size /
-        world_size rows of the batch. Raises ValueError if batch_size does not divide evenly.
+        Batches follow one shuffled epoch after another. They depend on the arguments and the file alone, so
+        an interrupted run continues with the same data. If world_size processes train together, process
+        number `rank` gets its batch_size / world_size rows of the batch. Raises ValueError if that is not an
+        integer.
         """
         if batch_size % world_size != 0:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
@@ -838,7 +841,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         first = step * batch_size + rank * share
         epochs, positions = np.divmod(np.arange(first, first + share), len(self))
         indices = []
-        for epoch in np.unique(epochs).tolist():  # nearly always one, two where an epoch ends in this batch
+        for epoch in np.unique(epochs).tolist():  # usually one; two if an epoch ends within this batch
             indices.append(shuffled(positions[epochs == epoch], len(self), seed, epoch))
         return self.windows(np.concatenate(indices))
 
@@ -848,8 +851,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
 def atomic_write(path: str | os.PathLike) -> Iterator:
     """Open a temporary file to write to, and rename it to `path` once it is complete and safe on the disk.
 
-    A crash at any moment leaves the old file or the new one under that name, never a part of one. Raises
-    OSError.
+    After a crash at any moment, `path` is the whole old file or the whole new one. Raises OSError.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
