@@ -637,7 +637,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         return torch.cat(tokens, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------ AdamW
+# ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay. For a parameter θ with gradient g, at its step t:
 

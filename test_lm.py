@@ -1001,7 +1001,7 @@ def definitions():
     source = (ROOT / "lm.py").read_text()
     lines, found = source.splitlines(), {}
     for n in ast.parse(source).body:
-        if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.Assign):
+        if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.Assign):  # a constant is an assignment
             name = n.targets[0].id if isinstance(n, ast.Assign) else n.name
             first = min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", []))])
             found[name] = "\n".join(lines[first - 1 : n.end_lineno])
@@ -1030,9 +1030,10 @@ def test_each_class_and_function_can_be_copied_out_with_what_its_first_comment_n
     needs = needs_of(name, sources)
     copied.write_text("\n\n".join([IMPORTS, *(sources[n] for n in [*needs, name])]))
     module = runpy.run_path(str(copied))
-    unknown = {n for n in names_used(sources[name]) if n in sources and n not in module}
+    copied_names = names_used("\n".join(sources[n] for n in [*needs, name]))
+    unknown = {n for n in copied_names if n in sources and n not in module}
     assert not unknown, f"{name} uses {unknown}, which its comment does not name"
-    idle = set(needs) - names_used("\n".join(sources[n] for n in [*needs, name]))
+    idle = set(needs) - copied_names
     assert not idle, f"the comment of {name} names {idle}, which it does not use"
 
 
