@@ -1,34 +1,50 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
-A language model reads a sequence of tokens, integers that stand for pieces of text, and predicts at each
-position which token comes next. To train it, show it text and improve these predictions. To generate text,
-draw a token from the last prediction, append it to the sequence, and predict again.
+A language model reads a sequence of tokens, integers that stand for pieces of text. At each position it
+predicts which token comes next, from the tokens up to there alone: one pass over T tokens makes T
+predictions.
 
-    tokens (B, T)                     TransformerBlock:  x ─┬─ RMSNorm ─ MultiheadSelfAttention ─┐
-      │                                                     └───────────────── + ◄───────────────┘
-    Embedding                                                                  │
-      │ x (B, T, D)                                         ┌──────────────────┴─ RMSNorm ─ SwiGLU ─┐
-    TransformerBlock × num_layers                           └───────────────── + ◄──────────────────┘
-      │                                                                        x
-    RMSNorm
+    tokens (B, T)                        TransformerBlock:
+      │                                    x (B, T, D)
+    Embedding                              ├──► RMSNorm ──► MultiheadSelfAttention ──┐
+      │ x (B, T, D)                        + ◄───────────────────────────────────────┘
+    TransformerBlock × num_layers          ├──► RMSNorm ──► SwiGLU ──┐
+      │                                    + ◄───────────────────────┘
+    RMSNorm                                x (B, T, D)
       │
-    Linear ─ logits (B, T, V): what is the next token?
+    Linear
+      │
+    logits (B, T, V)
 
 The embedding turns each token into a vector of D numbers. This vector x is called the residual stream: each
 block reads it and adds to it, first what attention collects from earlier tokens, then what the feed-forward
-computes from the token's own vector. The last Linear turns each vector into V logits, a score z for every
-token that might come next. Softmax, exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is
-the mean of -ln(probability of the true next token), the cross-entropy, in nats.
+computes from each token on its own. For attention, each token makes a query (what it looks for), a key (what
+it offers) and a value (what it passes on), and does so several times side by side, in "heads". The last
+Linear turns each vector into V logits, one score z_i for every token i that might come next. Softmax,
+exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is the mean of -ln(probability of the
+true next token), called the cross-entropy, in nats, the unit of the natural logarithm. A blind guess costs
+ln(V).
+
+Training repeats four lines:
+
+    x, y = dataset.batch(step, batch_size, seed)  # tokens, and for each of them the token that follows
+    model.loss(x, y).backward()                   # the gradient: how the loss changes with each weight
+    optimizer.step()                              # move every weight a little against its gradient
+    optimizer.zero_grad()                         # forget this gradient
+
+Computing the loss is called the forward pass, computing its gradient the backward pass; torch's autograd does
+the latter. To generate text, draw a token from the last prediction, append it to the sequence, and repeat.
 
 The same letters name the dimensions in every shape below:
-    B  batch: sequences processed side by side        V  vocabulary: how many different tokens there are
-    T  time: tokens in a sequence                     H  attention heads (of queries)
-    D  d_model: width of the residual stream          G  heads of keys and values, at most H
-    F  d_ff: width inside the feed-forward            K  head size, D / H
-    N  all tokens of a batch, B · T                   S  tokens that can be attended to: T and those before
+    B  batch: sequences processed side by side      V  vocabulary: how many different tokens there are
+    T  time: tokens in a sequence                   H  heads of queries
+    D  d_model: width of the residual stream        G  heads of keys and values, at most H
+    F  d_ff: width inside the feed-forward          K  head size, D / H
+    N  all tokens of a batch, B · T                 S  tokens that attention reads: T, and while generating
+                                                       those of earlier calls too
 
-Read from top to bottom: no name is used before it is defined. Each class and function can be copied into
-another project, with the imports and with the names that its comment `# needs:` lists.
+Read from top to bottom. Each class and function can be copied into another project, together with the
+imports and with the names that its comment `# needs:` lists.
 """
 
 import contextlib
@@ -51,10 +67,11 @@ from torch import Tensor, nn
 class Linear(nn.Module):
     """A linear map without bias, y = x Wᵀ. Every weight matrix of the model is one of these.
 
-    The weights start random, with variance 2 / (d_in + d_out). A variance of 1 / d_in would keep the scale of
-    the activations in the forward pass, and 1 / d_out the scale of the gradients in the backward pass; this
-    is the compromise. Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward
-    neural networks", 2010, equation 12.
+    The weights start random. Each output is a sum of d_in terms, so a variance of 1 / d_in would keep the
+    outputs at the scale of the inputs in the forward pass. In the backward pass, 1 / d_out would do the same
+    for the gradients. 2 / (d_in + d_out) is the compromise.
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    2010, equation 12.
     """
 
     def __init__(self, d_in: int, d_out: int):
@@ -82,7 +99,7 @@ class Embedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new initial values."""
-        nn.init.normal_(self.weight, std=1.0)
+        nn.init.normal_(self.weight, std=1.0)  # the scale at which the residual stream starts
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Integers from 0 to V-1 (...) → their vectors (..., D)."""
@@ -93,8 +110,9 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """y = x / √(mean(x²) + ε) · g: scale each vector to root mean square 1, then each feature by its gain g.
 
-    Every block adds to the residual stream, so its scale grows with depth. A layer learns best when the scale
-    of its input does not change; RMSNorm stands before each layer and sees to that. The gains are learned.
+    Every block adds to the residual stream, so its scale grows with depth. A layer learns best if the scale
+    of its input stays the same, so an RMSNorm stands before each of them. The gains are learned; ε prevents
+    division by 0.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
 
@@ -110,14 +128,86 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
-        x32 = x.float()  # squares overflow in float16 and lose digits in bfloat16
+        x32 = x.float()  # in float16 or bfloat16 the squares would overflow or lose digits
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * scale * self.weight).type_as(x)
 
 
+# ----------------------------------------------------------------------------------------------------- SwiGLU
+class SwiGLU(nn.Module):  # needs: Linear
+    """The feed-forward of each vector x: W_down (silu(W_gate x) ⊙ W_up x).
+
+    Attention, below, moves information from token to token, but only averages it. The feed-forward does not
+    look at other tokens: it computes, with a nonlinearity, on what each token has collected. The gate decides
+    how much of each inner feature passes: silu(z) = z · sigmoid(z) is near 0 for very negative z and near z
+    for large z. ⊙ multiplies feature by feature. Two thirds of a block's weights are here.
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) → (..., D)."""
+        gate = F.silu(self.gate_proj(x))  # (..., F)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+# -------------------------------------------------------------------------------------------------- Attention
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K + mask) v: each token collects information from itself and the tokens before it.
+
+    Each token has a query q (what it looks for), a key k (what it offers) and a value v (what it passes on).
+    The dot product of a query and a key is their score: how well they match. For each query, softmax turns
+    the scores into shares that sum to 1, and the result is the mean of the values, weighted with these
+    shares. A token must not see later ones: they are what it has to predict. The mask adds -inf to their
+    scores, which softmax turns into shares of 0. For T = S = 3, with a row for each query and a column for
+    each key:
+
+        0  -inf  -inf
+        0     0  -inf
+        0     0     0
+
+    The dot product of K independent features of variance 1 has a standard deviation of √K. Divided by √K,
+    scores stay near 1. Larger ones would give nearly all to a single token, where the gradient of softmax
+    vanishes.
+
+    q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K). The T queries belong to the last T of the S tokens.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
+    """
+    T, K = q.shape[-2:]
+    S = k.shape[-2]
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    scores = (q / math.sqrt(K)) @ k.mT + mask  # (B, H, T, S)
+    return scores.softmax(dim=-1) @ v
+
+
+def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
+    """The same, faster: torch's fused kernel never holds all T · S scores. A first reader may skip this.
+
+    q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). If G < H, each head of keys and values serves H / G
+    heads of queries.
+    """
+    H, T = q.shape[1:3]
+    G, S = k.shape[1:3]
+    if T == 1:  # a single new token may see all tokens: no mask
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=G < H)
+    # On a CPU in bfloat16, `attention` makes a whole training step 1.2 times as fast up to T = 512.
+    plain_is_faster = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
+    if T == S and not plain_is_faster:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
+    if G < H:
+        k = k.repeat_interleave(H // G, dim=1)
+        v = v.repeat_interleave(H // G, dim=1)
+    return attention(q, k, v)
+
+
 # ------------------------------------------------------------------------------------------------------- RoPE
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x1, x2) of x (..., T, K) by angles with these cosines and sines, (T, K/2)."""
+    """Rotate the pairs of x (..., T, K), as RoPE says, by angles with these cosines and sines, (T, K/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -125,21 +215,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RoPE(nn.Module):  # needs: rotate
     """Rotary position embedding: rotate queries and keys by an angle that grows with their position.
 
-    Attention compares a query with a key by their dot product. That number does not depend on where the two
-    tokens stand, so attention alone cannot tell "dog bites man" from "man bites dog". RoPE rotates every
-    query and key by an angle proportional to its position. The dot product of two rotated vectors depends on
-    the difference of their angles, so attention now sees how far apart two tokens are.
+    The score of a query and a key does not depend on where their tokens stand. To attention, the tokens
+    before a word are an unordered set: "dog bites" and "bites dog" look alike. So RoPE rotates each query and
+    each key by an angle proportional to its position. The dot product of two vectors, one rotated by a and
+    the other by b, depends on the difference alone: (R_a q) · (R_b k) = q · (R_{b-a} k). Now a score tells
+    how far apart two tokens are, wherever they stand.
 
-    A rotation needs two coordinates, so the K features form K/2 pairs (x1, x2). At position t, pair j rotates
-    by the angle t · θ^(-2j/K): the first pair fast, to tell neighbours apart, the last one slowly, for long
-    distances.
+    A rotation needs two coordinates. The K features form K/2 pairs (x1, x2), and at position t the pair j
+    rotates by the angle t · θ^(-2j/K), for j = 0 … K/2 - 1: the first pair fast, to tell neighbours apart,
+    the last pair slowly, for long distances.
 
-        x1 ← x1 · cos - x2 · sin
-        x2 ← x2 · cos + x1 · sin
+        x1' = x1 · cos - x2 · sin
+        x2' = x2 · cos + x1 · sin
 
-    Here, as in Hugging Face's Llama, x1 is the first half of the features and x2 the second half. The paper
-    pairs neighbours instead (x1 the even features, x2 the odd ones, "interleaved"). Both are the same method
-    with the features in another order, but weights trained with one pairing do not work with the other.
+    Which features form a pair? Here, as in Hugging Face's Llama, feature j of the first half with feature j
+    of the second half. The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same
+    method with the features in another order, but weights trained with one pairing do not work with the
+    other.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
 
@@ -174,75 +266,16 @@ class RoPE(nn.Module):  # needs: rotate
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-# ----------------------------------------------------------------------------------------------------- SwiGLU
-class SwiGLU(nn.Module):  # needs: Linear
-    """The feed-forward, W_down (silu(W_gate x) ⊙ W_up x).
-
-    Attention moves information from token to token, but all it does with it is to average. The feed-forward
-    does not look at other tokens: it computes, with a nonlinearity, on what each token has collected. Most of
-    the model's weights are here. The gate decides how much of each inner feature passes: silu(z) = z ·
-    sigmoid(z) is near 0 for negative z and near z for positive z. ⊙ multiplies feature by feature.
-    Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
-    """
-
-    def __init__(self, d_model: int, d_ff: int):
-        super().__init__()
-        self.gate_proj = Linear(d_model, d_ff)
-        self.up_proj = Linear(d_model, d_ff)
-        self.down_proj = Linear(d_ff, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) → (..., D)."""
-        gate = F.silu(self.gate_proj(x))  # (..., F)
-        return self.down_proj(gate * self.up_proj(x))
-
-
-# ----------------------------------------------------------------------------------------- Attention, KVCache
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K) v: each token collects information from itself and the tokens before it.
-
-    Each token has a query q (what it looks for), a key k (what it offers) and a value v (what it passes on).
-    The dot product of a query and a key says how well they match. Softmax turns the matches of one query into
-    weights that sum to 1, and the result is the mean of the values with these weights. The dot product of K
-    independent features has a standard deviation of about √K. Divided by √K the scores stay near 1; larger
-    ones would make softmax pick a single token, where its gradient is almost zero.
-
-    q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K). The T queries belong to the last T of the S tokens.
-    Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
-    """
-    T, K = q.shape[-2:]
-    S = k.shape[-2]
-    # A token must not see later ones, which it is to predict: softmax turns -inf into a weight of 0.
-    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    scores = q / math.sqrt(K) @ k.mT + mask  # (B, H, T, S)
-    return scores.softmax(dim=-1) @ v
-
-
-def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same as `attention`, by torch's fused kernel, which never holds all T · S scores in memory.
-
-    q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). Each head of keys and values serves H / G heads of
-    queries.
-    """
-    H, T = q.shape[1:3]
-    G, S = k.shape[1:3]
-    if T == 1:  # a single new token may see all tokens: no mask
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=G < H)
-    # On a CPU in bfloat16, `attention` makes a whole training step 1.2 times as fast up to T = 512.
-    plain_is_faster = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
-    if T == S and not plain_is_faster:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
-    if G < H:
-        k = k.repeat_interleave(H // G, dim=1)
-        v = v.repeat_interleave(H // G, dim=1)
-    return attention(q, k, v)
-
-
+# ---------------------------------------------------------------------------- KVCache, MultiheadSelfAttention
 class KVCache:
-    """Keeps the keys and values of earlier tokens while text is generated, so that none is computed twice."""
+    """Keeps the keys and values of earlier tokens while text is generated.
+
+    A token sees itself and earlier tokens only, so its keys and values do not change when text is added after
+    it: compute them once and keep them. Its queries are needed once, for its own prediction.
+    """
 
     def __init__(self, max_length: int):
-        """max_length: for how many tokens memory is taken, at the first update."""
+        """max_length: room for this many tokens, allocated at the first update."""
         self.max_length = max_length
         self.length = 0  # tokens held so far
         self.keys = None  # (B, G, max_length, K)
@@ -270,10 +303,11 @@ class KVCache:
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache, attention, fast_attention
     """H attentions side by side, each on its own K = D / H features; a last projection mixes their results.
 
-    Softmax gives one set of weights, so one attention can look for one thing at a time. H heads look for H
-    things, at the same cost. "Self" means that queries, keys and values all come from the same sequence. With
-    G < H heads of keys and values, H / G heads of queries share each of them, and the cache is H / G times
-    smaller. This is grouped-query attention: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
+    For each token, one softmax gives one set of shares: one attention looks for one thing at a time. H heads
+    look for H things, at the same cost. "Self" means that queries, keys and values come from the same
+    sequence. With G < H heads of keys and values, H / G heads of queries share each of them. The cache is
+    then H / G times smaller. This is called grouped-query attention.
+    Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
     def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, rope: RoPE):
@@ -299,7 +333,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache
         start = 0 if cache is None else cache.length
         q, k = self.rope(q, k, start)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, G, S, K)
+            k, v = cache.update(k, v)  # (B, G, S, K); the keys in the cache are rotated already
         y = fast_attention(q, k, v)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -309,10 +343,12 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
     The norm stands before each branch ("pre-norm"), never on the residual stream itself. So the gradient
-    reaches the first layer through a chain of additions, undamped, and deep models train stably. Dropout sets
-    a random share of what a branch adds to zero, and scales up the rest. The model cannot rely on any single
-    feature then, which helps where it would memorize a small text. It acts in train mode only.
+    reaches the first layer through a chain of additions, undamped, and deep models train stably.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
+
+    In train mode, dropout sets a random share of what each branch adds to zero and scales up the rest. The
+    model then cannot rely on any single feature, which helps if it would otherwise memorize a small text. The
+    two norms have the names that they have in Hugging Face's Llama.
     """
 
     def __init__(
@@ -340,9 +376,10 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
 
 
 # ------------------------------------------------------------------------------------------------------- Loss
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -ln softmax(W x_n)[target_n] over all n, in nats. Targets of -100 are left out of the mean.
+def full_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -ln softmax(W x_n)[target_n] over n = 1 … N, in nats.
 
+    Targets of -100 are left out of the mean: give it to tokens that are not to be learned, such as padding.
     x (N, D), weight (V, D), targets (N,) → (), float32.
     """
     logits = F.linear(x, weight)  # (N, V)
@@ -353,13 +390,12 @@ MAX_LOGITS = 2**24  # hold at most about this many logits at once; in float32 th
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
-    """The value and the gradients of `cross_entropy`, without holding all N · V logits in memory.
+    """`full_cross_entropy` and its gradients, without holding all N · V logits. A first reader may skip this.
 
     With a large vocabulary the logits are by far the largest tensor of a training step. Here they exist for
-    one chunk of rows at a time. The gradient of the loss with respect to a row of logits is known as soon as
-    the row is: (softmax - onehot(target)) / count. So the forward pass computes the gradients too, and keeps
-    those. At V = 50,304 this takes a fifth of the memory and half of the time. A first reader may skip this
-    class.
+    one chunk of rows at a time. As soon as a row of logits is known, so is the gradient of the loss with
+    respect to it: (softmax - onehot(target)) / count. So the forward pass computes the gradients too, and
+    keeps only those.
     Sources: Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989; Wijmans et al., "Cut Your Losses in
     Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
     """
@@ -381,10 +417,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
             log_probs = F.log_softmax(x_chunk @ w.T, dim=-1, dtype=torch.float32)  # (chunk_size, V)
             total += F.nll_loss(log_probs, target, reduction="sum")  # leaves out targets of -100
             if needs_grad:
-                kept = (target != -100)[:, None]
-                onehot_index = target.clamp(min=0)[:, None]
-                dlogits = log_probs.exp_().scatter_(1, onehot_index, -1.0, reduce="add")  # softmax - onehot
-                dlogits = (dlogits * kept).to(x.dtype)
+                ignored = target == -100
+                row = torch.arange(len(target), device=x.device)
+                dlogits = log_probs.exp()  # softmax
+                dlogits[row, target.masked_fill(ignored, 0)] -= 1  # minus onehot
+                dlogits = dlogits.masked_fill(ignored[:, None], 0).to(x.dtype)
                 dx[start : start + chunk_size] = dlogits @ w
                 dw += dlogits.T @ x_chunk
         return total / count
@@ -399,8 +436,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    # needs: cross_entropy, ChunkedCrossEntropy, MAX_LOGITS
-    """`cross_entropy` if there are few logits, else `ChunkedCrossEntropy`.
+    # needs: full_cross_entropy, ChunkedCrossEntropy, MAX_LOGITS
+    """`full_cross_entropy` if the logits are few, else the same by `ChunkedCrossEntropy`.
 
     x (..., D), weight (V, D), targets (...) → (), float32. Raises ValueError if x and targets do not match.
     """
@@ -409,7 +446,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     x = x.flatten(0, -2)
     targets = targets.flatten()
     if len(x) * len(weight) <= MAX_LOGITS:
-        return cross_entropy(x, weight, targets)
+        return full_cross_entropy(x, weight, targets)
     # Under autocast (mixed precision), torch casts the inputs of its matrix products to a shorter dtype.
     # It does not know ours, so cast here.
     if torch.is_autocast_enabled(x.device.type):
@@ -438,8 +475,8 @@ def sample_token(
     (0, 0.5, 0.8, 0.95). Tokens where this is below 0.7 are kept: the first two. They are then drawn with
     probabilities 0.5 / 0.8 and 0.3 / 0.8.
 
-    Raises ValueError for settings out of range and for logits that are NaN. (A check would make a GPU wait;
-    there NaN is found by torch.multinomial, and ends in a RuntimeError.)
+    Raises ValueError for settings out of range, and on a CPU for logits that are NaN. On a GPU this check
+    would wait for the GPU; there torch.multinomial fails with an error of its own.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; it must be at least 0")
@@ -454,7 +491,7 @@ def sample_token(
 
     vocab_size = logits.shape[-1]
     k = vocab_size if top_k is None else min(top_k, vocab_size)
-    logits, tokens = logits.float().topk(k)  # (..., k), likeliest first
+    logits, tokens = logits.float().topk(k)  # (..., k), likeliest first; k = vocab_size sorts them all
     probs = torch.softmax(logits / temperature, dim=-1)
     if top_p is not None and top_p < 1:
         before = probs.cumsum(dim=-1) - probs
@@ -475,10 +512,10 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: num_heads
-    d_ff: int | None = None  # None: 8/3 · d_model, so that its 3 matrices cost as much as 2 of 4 · d_model
+    d_ff: int | None = None  # None: 8/3 · d_model; SwiGLU's 3 matrices then hold as much as 2 of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    tie_embeddings: bool = False  # use one matrix as the embedding and as the last Linear
+    tie_embeddings: bool = False  # one matrix as embedding and as last Linear saves V · D weights
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -534,20 +571,23 @@ class TransformerLM(nn.Module):  # needs: everything above
             self.layers.append(block)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.reset_parameters()
+        self.reset_parameters()  # the layers have done theirs; this adds what concerns them together
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all initial values anew. This also fills a model that was made on torch's meta device."""
+        """Draw all initial values. This also fills a model that was made on torch's meta device."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        # 2 · num_layers branches add to the residual stream. Independent terms add up like the square root of
-        # their number; divide by it, so that the sum does not grow with depth.
+        # 2 · num_layers branches add to the residual stream. A sum of n independent terms grows like √n:
+        # divide by that, so that the stream has the same scale at every depth.
         for layer in self.layers:
             layer.self_attn.o_proj.weight /= math.sqrt(2 * len(self.layers))
             layer.mlp.down_proj.weight /= math.sqrt(2 * len(self.layers))
         if self.config.tie_embeddings:
+            # A logit is a sum of d_model terms: with this standard deviation the logits start at a scale of
+            # 1.
+            nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(self.config.d_model))
             self.embed_tokens.weight = self.lm_head.weight
 
     def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
@@ -570,7 +610,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         The target at each position is the next token. Targets of -100 are left out of the mean.
         """
         x = self.hidden_states(tokens)
-        if type(self.lm_head) is not Linear:  # somebody has replaced it: call what is there
+        if type(self.lm_head) is not Linear:  # replaced, for instance by a LoRA layer: call what is there
             return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten())
         return linear_cross_entropy(x, self.lm_head.weight, targets)
 
@@ -584,12 +624,13 @@ class TransformerLM(nn.Module):  # needs: everything above
         eos_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continue a prompt (B, P), int64, P ≥ 1: yield one token for each row, (B,), at a time.
+        """Continue a prompt of P tokens, (B, P), int64: yield one token for each row, (B,), at a time.
 
         temperature, top_k, top_p and generator are those of `sample_token`. A row that has drawn eos_id (the
-        "end of sequence" token) repeats it; the stream ends when all rows have drawn it. Call model.eval()
-        first: in train mode, dropout acts here too. Raises ValueError for arguments out of range, when the
-        first token is asked for.
+        "end of sequence" token) repeats it; the stream ends when all rows have drawn it. The model sees at
+        most the last context_length tokens, and after it has filled its context at least the last half of
+        them. Call model.eval() first: in train mode, dropout acts here too. Raises ValueError for arguments
+        out of range, when the first token is asked for.
         """
         context_length = self.config.context_length
         vocab_size = self.config.vocab_size
@@ -599,17 +640,21 @@ class TransformerLM(nn.Module):  # needs: everything above
             raise ValueError(f"the prompt must hold one or more tokens, each from 0 to {vocab_size - 1}")
 
         max_length = min(context_length, prompt.shape[1] + max_new_tokens)
-        tokens = prompt[:, -context_length:]  # what the model can look at
-        finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         caches = [KVCache(max_length) for _ in self.layers]
-        unread = tokens  # the tokens that are not in the caches yet
+        tokens = prompt[:, -context_length:]  # all that the model can see
+        unread = tokens  # those that are not in the caches yet
+        finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
-            if caches[0].length == context_length:  # full: read the last half again, into empty caches
+            # 1. Make room. A full cache cannot drop its first token: what it holds of the others was computed
+            #    with it. So read the last half of the tokens again, into empty caches.
+            if caches[0].length == context_length:
                 caches = [KVCache(max_length) for _ in self.layers]
                 unread = tokens[:, -max(1, context_length // 2) :]
+            # 2. Read what is unread: first the prompt, then one token at a time.
             with torch.inference_mode():
                 x = self.hidden_states(unread, caches)
                 logits = self.lm_head(x[:, -1])
+            # 3. Draw the next token of each row. A row that is finished repeats eos_id.
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
@@ -617,6 +662,7 @@ class TransformerLM(nn.Module):  # needs: everything above
             yield token
             if eos_id is not None and finished.all():
                 return
+            # 4. Append it.
             unread = token[:, None]
             tokens = torch.cat((tokens, unread), dim=1)[:, -context_length:]
 
@@ -639,24 +685,28 @@ class TransformerLM(nn.Module):  # needs: everything above
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay. For a parameter θ with gradient g, at its step t:
+    """Gradient descent, θ ← θ - η · g, made to work well: Adam with decoupled weight decay.
 
-        θ ← θ - η · λ · θ                       weight decay λ, scaled by the learning rate η
-        m ← β₁ · m + (1 - β₁) · g               running mean of the gradient
-        v ← β₂ · v + (1 - β₂) · g²              running mean of its square
-        m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)   both start at 0; this removes the bias towards 0
+    In the paper's letters, for a parameter θ with gradient g in its step t = 1, 2, …, at the learning rate η:
+
+        θ ← θ - η · λ · θ              weight decay
+        m ← β₁ · m + (1 - β₁) · g      running mean of the gradient
+        v ← β₂ · v + (1 - β₂) · g²     running mean of its square
+        m̂ = m / (1 - β₁ᵗ)              m and v start at 0 and are too small at first:
+        v̂ = v / (1 - β₂ᵗ)              their factors of g and g² add up to 1 - βᵗ
         θ ← θ - η · m̂ / (√v̂ + ε)
 
-    The mean m smooths out the noise of single batches. Some parameters have gradients a thousand times larger
-    than others; divided by √v̂, their typical size, all of them take steps of about η. Weight decay pulls
-    each weight towards 0 unless the data keeps pushing it away. The gains of RMSNorm belong near 1, not 0:
-    put them into a parameter group of their own with weight_decay=0.
+    The mean m̂ smooths out the noise of single batches. Some parameters have gradients a thousand times
+    larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight decay
+    pulls each weight towards 0 unless the data keeps pushing it away. It is decoupled: not a part of g, so
+    √v̂ does not rescale it.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
-    The state has the layout of torch.optim.AdamW: each loads the other's state_dict. The defaults are usual
-    for language models and differ from torch's, which are betas=(0.9, 0.999) and weight_decay=0.01. lr may be
-    a 0-d tensor; then torch.compile(optimizer.step) does not compile again when it changes. Raises ValueError
-    for settings out of range.
+    The gains of RMSNorm belong near 1, not 0: put them into a parameter group of their own with
+    weight_decay=0. The state has the layout of torch.optim.AdamW, and each loads the other's state_dict. The
+    defaults are usual for language models; torch's are betas=(0.9, 0.999) and weight_decay=0.01. If lr is a
+    0-d tensor, a compiled step is not compiled again when it changes. Raises ValueError for settings out of
+    range.
     """
 
     def __init__(
@@ -703,8 +753,8 @@ class AdamW(torch.optim.Optimizer):
                 v = state["exp_avg_sq"]
                 t += 1
                 param.mul_(decay)
-                m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                m.lerp_(g, 1 - beta1)  # m + (1 - β₁) · (g - m)
+                v.lerp_(g * g, 1 - beta2)
                 # Stacked, so that a compiled step computes the powers once, not anew for every weight.
                 correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
                 m_hat = m / correction1
@@ -714,7 +764,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of an update: a straight line up, half a cosine down, then constant.
+    """The learning rate of update `step`, counted from 1: a straight line up, half a cosine down, then
+    constant.
 
     Why warm up? AdamW's running means start from a few batches, and a large step in such an uncertain
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small
@@ -734,14 +785,13 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """A random permutation of 0 … n-1, fixed by seed and epoch: its entries at the positions (B,) → (B,),
+    """The entries at `positions` (B,) of a random permutation of 0 … n-1, fixed by seed and epoch → (B,),
     int64.
 
-    It tells the dataset below which window comes when. A first reader may skip how. It is computed for the
-    positions asked for, because a stored permutation would grow with the file, while independent random draws
-    would repeat some windows and miss others. Each step of the scrambling can be undone, so no two positions
-    get the same result. It permutes 0 … 2^bits - 1; what lands beyond n-1 is scrambled again until it does
-    not ("cycle walking", Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    A first reader may skip how. The permutation is computed, only at the positions asked for, because a
+    stored one would grow with the file. Each step of the scrambling can be undone, so no two positions get
+    the same result. It permutes 0 … 2^bits - 1; what lands beyond n - 1 is scrambled again until it does not
+    ("cycle walking", Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64).reshape(3, 2)
     bits = (n - 1).bit_length()
@@ -788,13 +838,14 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         size = self.path.stat().st_size
         if size % self.dtype.itemsize != 0:
             raise ValueError(f"{path}: {size:,} bytes are not a whole number of {self.dtype.name} tokens")
-        window = context_length + 1  # T tokens, and the one after them
+        row_length = context_length + 1  # a window, and the token after it
         count = size // self.dtype.itemsize
-        if count < window:
-            raise ValueError(f"{path}: {count:,} tokens are fewer than context_length + 1 = {window}")
+        if count < row_length:
+            raise ValueError(f"{path}: {count:,} tokens are fewer than context_length + 1 = {row_length}")
         self.tokens = np.memmap(self.path, self.dtype, mode="r")
-        # One row for each window. This is a view of the file: nothing is read or copied yet.
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, window)[::context_length]
+        # One row for each window: with T = 3 the tokens 0 … 6 give the rows [0 1 2 3] and [3 4 5 6].
+        # This is a view of the file: nothing is read or copied yet.
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, row_length)[::context_length]
 
     def __reduce__(self):
         # pickle would copy the whole file to each worker of a DataLoader; let them open it themselves.
@@ -847,6 +898,9 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
 
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
+# The model and its training are complete. What follows stores weights safely and exchanges them with others.
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator:
     """Open a temporary file to write to, and rename it to `path` once it is complete and safe on the disk.
@@ -919,9 +973,9 @@ class CheckpointHandler:  # needs: atomic_write, check_plain
                     "it does not end with the CRC-32 of its content"
                 )
         try:
-            # mmap: a tensor is read when it is used. weights_only: data only, never code.
+            # weights_only: data, never code. mmap: the tensors are not copied into memory of their own.
             return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-        except Exception as error:  # of many types: the content is undamaged, but something else wrote it
+        except Exception as error:  # of many types: the file is undamaged, but something else wrote it
             raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from error
 
     @staticmethod
@@ -958,7 +1012,7 @@ LLAMA_FIXED = {
 
 
 def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int | None = None) -> None:
-    # needs: atomic_write, LLAMA_SHAPE, LLAMA_FIXED, TransformerLM and its needs
+    # needs: atomic_write, LLAMA_SHAPE, TransformerLM and its needs
     """Write a folder that Hugging Face's transformers loads as LlamaForCausalLM.
 
     Needs the package safetensors. Raises OSError if a file cannot be written.
@@ -1027,21 +1081,25 @@ def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
     model = TransformerLM(pretrained_config(folder, **changes))
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
+    if index.exists() and not (folder / "model.safetensors").exists():  # the weights are in several files
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
     state = {}
+    for file in files:
+        try:
+            weights = safetensors.torch.load_file(folder / file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{folder / file}: not a whole safetensors file ({error})") from None
+        for name, weight in weights.items():
+            if not name.endswith("inv_freq"):  # older files hold RoPE's frequencies too
+                state[name.removeprefix("model.")] = weight
+    if model.config.tie_embeddings and "embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
     try:
-        if index.exists() and not (folder / "model.safetensors").exists():  # the weights are in several files
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = set(weight_map.values())
-        for file in files:
-            for name, weight in safetensors.torch.load_file(folder / file).items():
-                if not name.endswith("inv_freq"):  # older files hold RoPE's frequencies too
-                    state[name.removeprefix("model.")] = weight
-        if model.config.tie_embeddings:
-            state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state)
-    except OSError:
-        raise
-    except Exception as error:  # of many types, from JSON, from safetensors and from load_state_dict
+    except RuntimeError as error:
         reason = " ".join(str(error).split())  # in one line
-        raise ValueError(f"{folder}: its weights do not fit its config.json: {reason}") from None
+        raise ValueError(f"{folder}: the weights do not fit config.json: {reason}") from None
     return model
