@@ -52,7 +52,7 @@ import json
 import math
 import os
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,8 +301,9 @@ class KVCache:
 
 
 class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache, attention, fast_attention
-    """H attentions side by side, each on its own K = D / H features; a last projection mixes their results.
+    """H causal attentions side by side, each on its own K = D / H features, and a projection that mixes them.
 
+    Causal: a token sees itself and the tokens before it, never later ones.
     For each token, one softmax gives one set of shares: one attention looks for one thing at a time. H heads
     look for H things, at the same cost. "Self" means that queries, keys and values come from the same
     sequence. With G < H heads of keys and values, H / G heads of queries share each of them. The cache is
@@ -771,6 +772,9 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small
     ones settle in.
     Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983, equation 5.
+
+    Set it before each update: `for group in optimizer.param_groups: group["lr"] = lr_cosine_schedule(step,
+    …)`.
     """
     # 1. Warm-up: a line from 0 to max_lr.
     if step < warmup_steps:
@@ -873,8 +877,9 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
                 f"{self.path}: token {indices[row] * self.context_length + column:,} is {rows[row, column]}, "
                 f"but the vocabulary has {self.vocab_size} entries; prepare the file again"
             )
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
+        x = torch.from_numpy(rows[:, :-1].astype(np.int64))
+        y = torch.from_numpy(rows[:, 1:].astype(np.int64))
+        return x, y
 
     def batch(
         self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
@@ -926,7 +931,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator:
 
 def check_plain(value, name: str) -> None:
     """Raise ValueError, naming the entry, for anything but tensors and plain Python values."""
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):  # torch's learning rate schedulers hold a Counter
         for key, item in value.items():
             check_plain(key, f"the key {key!r} of {name}")
             check_plain(item, f"{name}[{key!r}]")
@@ -950,7 +955,7 @@ class CheckpointHandler:  # needs: atomic_write, check_plain
     def save(self, name: str, state: dict) -> None:
         """Write folder/name. The old file stays until the new one is safe on the disk.
 
-        Raises ValueError for a value that `load` would refuse, OSError if the file cannot be written.
+        Raises ValueError for a value that is neither a tensor nor plain, OSError if the file cannot be written.
         """
         check_plain(state, "state")
         with atomic_write(self.folder / name) as file:

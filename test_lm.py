@@ -828,6 +828,8 @@ def test_any_token_file_gives_batches_or_is_refused(tmp_path_factory, content, T
 # ------------------------------------------------------------------------------------------ CheckpointHandler
 def test_a_checkpoint_returns_what_was_saved(tmp_path):
     plain = {"step": 3, "best": math.inf, "name": "ü", "none": None, "list": [1, (2.5, True)], "raw": b"\0"}
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(AdamW([torch.nn.Parameter(torch.ones(1))]), [3, 7])
+    plain["scheduler"] = scheduler.state_dict()
     state, handler = {"model": tiny().state_dict(), **plain}, CheckpointHandler(tmp_path / "new")
     handler.save("a.pt", state)
     assert same(handler.load("a.pt"), state) and os.listdir(tmp_path / "new") == ["a.pt"]
