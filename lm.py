@@ -955,7 +955,7 @@ class CheckpointHandler:  # needs: atomic_write, check_plain
     def save(self, name: str, state: dict) -> None:
         """Write folder/name. The old file stays until the new one is safe on the disk.
 
-        Raises ValueError for a value that is neither a tensor nor plain, OSError if the file cannot be written.
+        Raises ValueError if `check_plain` does, OSError if the file cannot be written.
         """
         check_plain(state, "state")
         with atomic_write(self.folder / name) as file:
