@@ -1,8 +1,8 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
-A language model reads a sequence of tokens, integers that stand for pieces of text. At each position it
-predicts which token comes next, from the tokens up to there alone: one pass over T tokens makes T
-predictions.
+A language model reads a sequence of tokens: integers that stand for pieces of text. (A tokenizer, which is
+not in this file, turns text into tokens and back.) At each position the model predicts which token comes
+next, from the tokens up to there alone. So one pass over T tokens makes T predictions.
 
     tokens (B, T)                        TransformerBlock:
       │                                    x (B, T, D)
@@ -17,31 +17,37 @@ predictions.
     logits (B, T, V)
 
 The embedding turns each token into a vector of D numbers. This vector x is called the residual stream: each
-block reads it and adds to it, first what attention collects from earlier tokens, then what the feed-forward
-computes from each token on its own. For attention, each token makes a query (what it looks for), a key (what
-it offers) and a value (what it passes on), and does so several times side by side, in "heads". The last
-Linear turns each vector into V logits, one score z_i for every token i that might come next. Softmax,
-exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is the mean of -ln(probability of the
-true next token), called the cross-entropy, in nats, the unit of the natural logarithm. A blind guess costs
-ln(V).
+block reads it and adds to it, twice. First attention adds what it collects from earlier tokens. For this,
+each token has a query (what it looks for), a key (what it offers) and a value (what it passes on): where a
+query matches a key, the value is collected. This happens several times side by side, in "heads". Then the
+feed-forward, SwiGLU, adds what it computes from each token's vector on its own. Both read a copy of x that
+RMSNorm has rescaled.
 
-Training repeats four lines:
+The last Linear turns each vector into V logits: one score z_i for every token i that might come next.
+Softmax, exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is the mean of -ln(probability
+of the true next token). It is called the cross-entropy, and measured in nats, the unit of the natural
+logarithm. Whoever guesses blindly pays ln(V).
 
-    x, y = dataset.batch(step, batch_size, seed)  # tokens, and for each of them the token that follows
-    model.loss(x, y).backward()                   # the gradient: how the loss changes with each weight
-    optimizer.step()                              # move every weight a little against its gradient
-    optimizer.zero_grad()                         # forget this gradient
+To train the model, repeat:
 
-Computing the loss is called the forward pass, computing its gradient the backward pass; torch's autograd does
-the latter. To generate text, draw a token from the last prediction, append it to the sequence, and repeat.
+    for step in range(1, total_steps + 1):
+        for group in optimizer.param_groups:          # how far to move the weights in this step
+            group["lr"] = lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
+        x, y = dataset.batch(step - 1, batch_size, seed)  # tokens, and for each the token that follows
+        loss = model.loss(x, y)                       # the forward pass
+        loss.backward()                               # the backward pass: autograd computes the gradient,
+                                                      # how the loss changes with each weight
+        optimizer.step()                              # move each weight a little against its gradient
+        optimizer.zero_grad()                         # forget this gradient
+
+To generate text, draw a token from the last prediction, append it to the sequence, and repeat.
 
 The same letters name the dimensions in every shape below:
     B  batch: sequences processed side by side      V  vocabulary: how many different tokens there are
     T  time: tokens in a sequence                   H  heads of queries
-    D  d_model: width of the residual stream        G  heads of keys and values, at most H
-    F  d_ff: width inside the feed-forward          K  head size, D / H
-    N  all tokens of a batch, B · T                 S  tokens that attention reads: T, and while generating
-                                                       those of earlier calls too
+    D  d_model: width of the residual stream        G  heads of keys and values, usually H
+    N  all tokens of a batch, B · T                 K  width of a head, D / H
+    S  tokens that attention reads: T in training; while generating, those of earlier calls too
 
 Read from top to bottom. Each class and function can be copied into another project, together with the
 imports and with the names that its comment `# needs:` lists.
@@ -65,11 +71,11 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
 class Linear(nn.Module):
-    """A linear map without bias, y = x Wᵀ. Every weight matrix of the model is one of these.
+    """A linear map without bias, y = x Wᵀ. Every matrix that multiplies is one of these.
 
-    The weights start random. Each output is a sum of d_in terms, so a variance of 1 / d_in would keep the
-    outputs at the scale of the inputs in the forward pass. In the backward pass, 1 / d_out would do the same
-    for the gradients. 2 / (d_in + d_out) is the compromise.
+    The weights start random: equal weights would get equal gradients and stay equal. Each output is a sum of
+    d_in independent terms, so a variance of 1 / d_in would give the outputs the scale of the inputs. In the
+    backward pass, 1 / d_out would do the same for the gradients. 2 / (d_in + d_out) is the compromise.
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010, equation 12.
     """
@@ -99,7 +105,7 @@ class Embedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new initial values."""
-        nn.init.normal_(self.weight, std=1.0)  # the scale at which the residual stream starts
+        nn.init.normal_(self.weight, std=1.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Integers from 0 to V-1 (...) → their vectors (..., D)."""
@@ -110,9 +116,9 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """y = x / √(mean(x²) + ε) · g: scale each vector to root mean square 1, then each feature by its gain g.
 
-    Every block adds to the residual stream, so its scale grows with depth. A layer learns best if the scale
-    of its input stays the same, so an RMSNorm stands before each of them. The gains are learned; ε prevents
-    division by 0.
+    What the blocks add to the residual stream changes its scale, from block to block and in the course of
+    training. Attention and feed-forward learn best if their input keeps its scale, so each has an RMSNorm
+    before it. The gains are learned; ε only prevents division by 0.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
 
@@ -133,49 +139,29 @@ class RMSNorm(nn.Module):
         return (x32 * scale * self.weight).type_as(x)
 
 
-# ----------------------------------------------------------------------------------------------------- SwiGLU
-class SwiGLU(nn.Module):  # needs: Linear
-    """The feed-forward of each vector x: W_down (silu(W_gate x) ⊙ W_up x).
-
-    Attention, below, moves information from token to token, but only averages it. The feed-forward does not
-    look at other tokens: it computes, with a nonlinearity, on what each token has collected. The gate decides
-    how much of each inner feature passes: silu(z) = z · sigmoid(z) is near 0 for very negative z and near z
-    for large z. ⊙ multiplies feature by feature. Two thirds of a block's weights are here.
-    Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
-    """
-
-    def __init__(self, d_model: int, d_ff: int):
-        super().__init__()
-        self.gate_proj = Linear(d_model, d_ff)
-        self.up_proj = Linear(d_model, d_ff)
-        self.down_proj = Linear(d_ff, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) → (..., D)."""
-        gate = F.silu(self.gate_proj(x))  # (..., F)
-        return self.down_proj(gate * self.up_proj(x))
-
-
 # -------------------------------------------------------------------------------------------------- Attention
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √K + mask) v: each token collects information from itself and the tokens before it.
 
     Each token has a query q (what it looks for), a key k (what it offers) and a value v (what it passes on).
     The dot product of a query and a key is their score: how well they match. For each query, softmax turns
-    the scores into shares that sum to 1, and the result is the mean of the values, weighted with these
-    shares. A token must not see later ones: they are what it has to predict. The mask adds -inf to their
-    scores, which softmax turns into shares of 0. For T = S = 3, with a row for each query and a column for
-    each key:
+    the scores into attention weights, which are positive and sum to 1. The result is the mean of the values
+    with these weights.
+
+    A token must not see later ones: they are what it has to predict. So the causal mask adds -inf to their
+    scores, and softmax makes their weights 0. For T = S = 3, with a row for each query and a column for each
+    key:
 
         0  -inf  -inf
         0     0  -inf
         0     0     0
 
-    The dot product of K independent features of variance 1 has a standard deviation of √K. Divided by √K,
-    scores stay near 1. Larger ones would give nearly all to a single token, where the gradient of softmax
+    The dot product of K independent features of variance 1 has a standard deviation of √K. Divided by √K it
+    has 1. Larger scores would give nearly all weight to a single token, where the gradient of softmax
     vanishes.
 
-    q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K). The T queries belong to the last T of the S tokens.
+    If T < S, the queries are those of the last T tokens, and the mask has only its last T rows.
+    q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K).
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
     T, K = q.shape[-2:]
@@ -186,10 +172,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same, faster: torch's fused kernel never holds all T · S scores. A first reader may skip this.
+    """What the model calls: the same result as `attention`, by torch's fused kernel where that is faster.
 
-    q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). If G < H, each head of keys and values serves H / G
-    heads of queries.
+    The kernel never holds all T · S scores. q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). If G < H,
+    each head of keys and values serves H / G heads of queries (see MultiheadSelfAttention).
     """
     H, T = q.shape[1:3]
     G, S = k.shape[1:3]
@@ -206,39 +192,35 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs of x (..., T, K), as RoPE says, by angles with these cosines and sines, (T, K/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-class RoPE(nn.Module):  # needs: rotate
+class RoPE(nn.Module):
     """Rotary position embedding: rotate queries and keys by an angle that grows with their position.
 
-    The score of a query and a key does not depend on where their tokens stand. To attention, the tokens
-    before a word are an unordered set: "dog bites" and "bites dog" look alike. So RoPE rotates each query and
-    each key by an angle proportional to its position. The dot product of two vectors, one rotated by a and
-    the other by b, depends on the difference alone: (R_a q) · (R_b k) = q · (R_{b-a} k). Now a score tells
-    how far apart two tokens are, wherever they stand.
+    Without it, the score of a query and a key does not depend on where their tokens stand. To attention, the
+    tokens before a word are an unordered set: "dog bites" and "bites dog" look alike. RoPE rotates each query
+    and each key by an angle proportional to its position. If R_a is the rotation by the angle a, then (R_a q)
+    · (R_b k) = q · (R_{b-a} k): the score now depends on the distance of two tokens, though not on where they
+    stand.
 
-    A rotation needs two coordinates. The K features form K/2 pairs (x1, x2), and at position t the pair j
-    rotates by the angle t · θ^(-2j/K), for j = 0 … K/2 - 1: the first pair fast, to tell neighbours apart,
-    the last pair slowly, for long distances.
+    A rotation needs two coordinates, so the K features form K/2 pairs (x1, x2). At position t, pair j rotates
+    by the angle t · θ^(-2j/K), for j = 0 … K/2 - 1 and a constant θ, 10,000 by default:
 
         x1' = x1 · cos - x2 · sin
         x2' = x2 · cos + x1 · sin
 
-    Which features form a pair? Here, as in Hugging Face's Llama, feature j of the first half with feature j
-    of the second half. The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same
-    method with the features in another order, but weights trained with one pairing do not work with the
-    other.
+    The first pair rotates fast, to tell neighbours apart, the last one slowly, for long distances. For
+    example, K = 4 has the pairs (x_0, x_2), rotated by t radians, and (x_1, x_3), rotated by t / 100.
+
+    Feature j of the first half forms a pair with feature j of the second half, as in Hugging Face's Llama.
+    The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same method with the
+    features in another order, but weights trained with one pairing do not work with the other.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
 
     def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0):
         super().__init__()
-        self.theta = theta
+        self.head_dim = head_dim
         self.context_length = context_length
+        self.theta = theta
         # Buffers move with the model to another device; persistent=False keeps them out of checkpoints.
         self.register_buffer("cos", torch.empty(context_length, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(context_length, head_dim // 2), persistent=False)
@@ -246,12 +228,18 @@ class RoPE(nn.Module):  # needs: rotate
 
     def reset_parameters(self) -> None:
         """Fill the two tables: a row for each position, a column for each pair."""
-        num_pairs = self.cos.shape[1]
-        position = torch.arange(self.context_length, dtype=torch.float32, device=self.cos.device)
-        pair = torch.arange(num_pairs, dtype=torch.float32, device=self.cos.device)
-        angle = torch.outer(position, self.theta ** (-pair / num_pairs))
+        device = self.cos.device
+        position = torch.arange(self.context_length, dtype=torch.float32, device=device)
+        two_j = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        angle = torch.outer(position, self.theta ** (-two_j / self.head_dim))  # (context_length, K/2)
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the pairs of x (..., T, K) by the angles that have these cosines and sines, (T, K/2)."""
+        x1, x2 = x.chunk(2, dim=-1)  # the first half of the features and the second
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
     def forward(self, q: Tensor, k: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Rotate queries q (B, H, T, K) and keys k (B, G, T, K) of the positions start … start + T-1.
@@ -263,7 +251,7 @@ class RoPE(nn.Module):  # needs: rotate
             raise ValueError(f"{end} tokens are more than the context_length of {self.context_length}")
         cos = self.cos[start:end].to(q.dtype)  # (T, K/2)
         sin = self.sin[start:end].to(q.dtype)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
 
 
 # ---------------------------------------------------------------------------- KVCache, MultiheadSelfAttention
@@ -300,14 +288,14 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache, attention, fast_attention
-    """H causal attentions side by side, each on its own K = D / H features, and a projection that mixes them.
+class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attention, fast_attention
+    """H causal attentions side by side, each with queries, keys and values of its own, of width K = D / H.
 
-    Causal: a token sees itself and the tokens before it, never later ones.
-    For each token, one softmax gives one set of shares: one attention looks for one thing at a time. H heads
-    look for H things, at the same cost. "Self" means that queries, keys and values come from the same
-    sequence. With G < H heads of keys and values, H / G heads of queries share each of them. The cache is
-    then H / G times smaller. This is called grouped-query attention.
+    Causal: a token sees itself and the tokens before it, never later ones. Self: queries, keys and values
+    come from the same sequence. One softmax gives one set of attention weights to each token, so one
+    attention looks for one thing at a time. H heads look for H things, at the cost of one attention of width
+    D. A last projection mixes their results. With G < H heads of keys and values, H / G heads of queries
+    share each of them. The cache is then H / G times smaller. This is called grouped-query attention.
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
@@ -328,6 +316,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache
         With a cache, the tokens of x follow those in the cache; their keys and values are appended to it.
         """
         B, T, _ = x.shape
+        # Split the features into heads, and move the heads before the tokens: each head works on its own.
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
@@ -336,20 +325,48 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, rotate, KVCache
         if cache is not None:
             k, v = cache.update(k, v)  # (B, G, S, K); the keys in the cache are rotated already
         y = fast_attention(q, k, v)  # (B, H, T, K)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H · K): the heads joined again
+        return self.o_proj(y)
+
+
+# ----------------------------------------------------------------------------------------------------- SwiGLU
+class SwiGLU(nn.Module):  # needs: Linear
+    """The feed-forward of each vector x: W_down (silu(W_gate x) ⊙ W_up x).
+
+    Attention moves information from token to token, but only averages it. The feed-forward does not look at
+    other tokens. It computes, on what each token has collected, something that no linear map can: silu(z) = z
+    / (1 + e⁻ᶻ) is near 0 for negative z and near z for positive z. So W_gate x switches each of the d_ff
+    inner features W_up x off, or scales it; ⊙ multiplies feature by feature.
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) → (..., D)."""
+        gate = F.silu(self.gate_proj(x))  # (..., d_ff)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 # ------------------------------------------------------------------------------------------- TransformerBlock
 class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAttention and its needs
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
-    The norm stands before each branch ("pre-norm"), never on the residual stream itself. So the gradient
-    reaches the first layer through a chain of additions, undamped, and deep models train stably.
+    The two terms that are added are called branches. The norm stands before each branch ("pre-norm"), never on
+    the residual stream itself. So the gradient reaches the first layer through a chain of additions, undamped,
+    and deep models train stably.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
 
-    In train mode, dropout sets a random share of what each branch adds to zero and scales up the rest. The
-    model then cannot rely on any single feature, which helps if it would otherwise memorize a small text. The
-    two norms have the names that they have in Hugging Face's Llama.
+    In train mode, dropout sets a random share p of what a branch adds to zero and multiplies the rest by 1 /
+    (1 - p). The model then cannot rely on any single feature, which helps if it would otherwise memorize a
+    small text.
+
+    The two norms are named as in Hugging Face's Llama: post_attention_layernorm comes after the attention,
+    and before the feed-forward.
     """
 
     def __init__(
@@ -380,7 +397,7 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
 def full_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -ln softmax(W x_n)[target_n] over n = 1 … N, in nats.
 
-    Targets of -100 are left out of the mean: give it to tokens that are not to be learned, such as padding.
+    Targets of -100, torch's convention, are left out of the mean: for tokens that are not to be learned.
     x (N, D), weight (V, D), targets (N,) → (), float32.
     """
     logits = F.linear(x, weight)  # (N, V)
@@ -421,7 +438,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
                 ignored = target == -100
                 row = torch.arange(len(target), device=x.device)
                 dlogits = log_probs.exp()  # softmax
-                dlogits[row, target.masked_fill(ignored, 0)] -= 1  # minus onehot
+                dlogits[row, target.masked_fill(ignored, 0)] -= 1  # - onehot
                 dlogits = dlogits.masked_fill(ignored[:, None], 0).to(x.dtype)
                 dx[start : start + chunk_size] = dlogits @ w
                 dw += dlogits.T @ x_chunk
@@ -438,7 +455,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # needs: full_cross_entropy, ChunkedCrossEntropy, MAX_LOGITS
-    """`full_cross_entropy` if the logits are few, else the same by `ChunkedCrossEntropy`.
+    """What the model calls: `full_cross_entropy` if the logits are few, else `ChunkedCrossEntropy`.
 
     x (..., D), weight (V, D), targets (...) → (), float32. Raises ValueError if x and targets do not match.
     """
@@ -467,9 +484,10 @@ def sample_token(
 ) -> Tensor:
     """Draw one token from each row of logits (..., V) → (...), int64.
 
+    The three settings act in this order:
     temperature   divides the logits: below 1 makes likely tokens likelier; 0 always takes the likeliest
     top_k         draw only among the k likeliest tokens; None: all
-    top_p         draw only among the fewest likeliest tokens whose probabilities add up to p; None: all
+    top_p         draw only among the fewest likeliest tokens that together reach probability p; None: all
                   ("nucleus sampling", Holtzman et al., 2019, arXiv:1904.09751)
 
     Example: probabilities (0.5, 0.3, 0.15, 0.05) and top_p = 0.7. The probability before each token is
@@ -513,7 +531,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: num_heads
-    d_ff: int | None = None  # None: 8/3 · d_model; SwiGLU's 3 matrices then hold as much as 2 of 4 · d_model
+    d_ff: int | None = None  # None: 8/3 · d_model, as many weights as an older feed-forward, D → 4 D → D
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix as embedding and as last Linear saves V · D weights
@@ -572,7 +590,7 @@ class TransformerLM(nn.Module):  # needs: everything above
             self.layers.append(block)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.reset_parameters()  # the layers have done theirs; this adds what concerns them together
+        self.reset_parameters()  # draws anew what the layers have drawn: one method that fills everything
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -580,14 +598,14 @@ class TransformerLM(nn.Module):  # needs: everything above
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        # 2 · num_layers branches add to the residual stream. A sum of n independent terms grows like √n:
-        # divide by that, so that the stream has the same scale at every depth.
+        # 2 · num_layers branches add to the residual stream. A sum of n independent terms grows like √n, so
+        # divide by that: at the start all of them together add as much as one, however deep the model.
         for layer in self.layers:
             layer.self_attn.o_proj.weight /= math.sqrt(2 * len(self.layers))
             layer.mlp.down_proj.weight /= math.sqrt(2 * len(self.layers))
         if self.config.tie_embeddings:
-            # A logit is a sum of d_model terms: with this standard deviation the logits start at a scale of
-            # 1.
+            # The matrix must suit the logits, which are sums of d_model terms: this gives them a scale of 1.
+            # For the embeddings it is small, but the first RMSNorm makes up for that.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(self.config.d_model))
             self.embed_tokens.weight = self.lm_head.weight
 
@@ -611,7 +629,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         The target at each position is the next token. Targets of -100 are left out of the mean.
         """
         x = self.hidden_states(tokens)
-        if type(self.lm_head) is not Linear:  # replaced, for instance by a LoRA layer: call what is there
+        if type(self.lm_head) is not Linear:  # replaced by the user: call what is there
             return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten())
         return linear_cross_entropy(x, self.lm_head.weight, targets)
 
@@ -628,7 +646,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         """Continue a prompt of P tokens, (B, P), int64: yield one token for each row, (B,), at a time.
 
         temperature, top_k, top_p and generator are those of `sample_token`. A row that has drawn eos_id (the
-        "end of sequence" token) repeats it; the stream ends when all rows have drawn it. The model sees at
+        "end of sequence" token) repeats it; generation ends when all rows have drawn it. The model sees at
         most the last context_length tokens, and after it has filled its context at least the last half of
         them. Call model.eval() first: in train mode, dropout acts here too. Raises ValueError for arguments
         out of range, when the first token is asked for.
@@ -647,7 +665,8 @@ class TransformerLM(nn.Module):  # needs: everything above
         finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
             # 1. Make room. A full cache cannot drop its first token: what it holds of the others was computed
-            #    with it. So read the last half of the tokens again, into empty caches.
+            #    with it. So read the last half of the tokens again, into empty caches. (Half, so that this
+            #    is needed only once in a while.)
             if caches[0].length == context_length:
                 caches = [KVCache(max_length) for _ in self.layers]
                 unread = tokens[:, -max(1, context_length // 2) :]
@@ -688,13 +707,14 @@ class TransformerLM(nn.Module):  # needs: everything above
 class AdamW(torch.optim.Optimizer):
     """Gradient descent, θ ← θ - η · g, made to work well: Adam with decoupled weight decay.
 
-    In the paper's letters, for a parameter θ with gradient g in its step t = 1, 2, …, at the learning rate η:
+    For a parameter θ with gradient g, in its step t = 1, 2, …, at the learning rate η (letters as in the
+    paper):
 
-        θ ← θ - η · λ · θ              weight decay
+        θ ← θ - η · λ · θ              weight decay, with λ = weight_decay
         m ← β₁ · m + (1 - β₁) · g      running mean of the gradient
         v ← β₂ · v + (1 - β₂) · g²     running mean of its square
-        m̂ = m / (1 - β₁ᵗ)              m and v start at 0 and are too small at first:
-        v̂ = v / (1 - β₂ᵗ)              their factors of g and g² add up to 1 - βᵗ
+        m̂ = m / (1 - β₁ᵗ)              both start at 0, and are too small at first: m is (1 - β₁) · g
+        v̂ = v / (1 - β₂ᵗ)              after step 1, and this makes it g
         θ ← θ - η · m̂ / (√v̂ + ε)
 
     The mean m̂ smooths out the noise of single batches. Some parameters have gradients a thousand times
@@ -703,11 +723,15 @@ class AdamW(torch.optim.Optimizer):
     √v̂ does not rescale it.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
-    The gains of RMSNorm belong near 1, not 0: put them into a parameter group of their own with
-    weight_decay=0. The state has the layout of torch.optim.AdamW, and each loads the other's state_dict. The
-    defaults are usual for language models; torch's are betas=(0.9, 0.999) and weight_decay=0.01. If lr is a
-    0-d tensor, a compiled step is not compiled again when it changes. Raises ValueError for settings out of
-    range.
+    The gains of RMSNorm belong near 1, not 0, so they get a group of parameters without decay:
+
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        gains = [p for p in model.parameters() if p.ndim == 1]
+        optimizer = AdamW([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], lr=3e-3)
+
+    The state has the layout of torch.optim.AdamW, and each loads the other's state_dict. The defaults are
+    usual for language models; torch's are betas=(0.9, 0.999) and weight_decay=0.01. If lr is a 0-d tensor, a
+    compiled step is not compiled again when it changes. Raises ValueError for settings out of range.
     """
 
     def __init__(
@@ -752,7 +776,7 @@ class AdamW(torch.optim.Optimizer):
                 t = state["step"]
                 m = state["exp_avg"]
                 v = state["exp_avg_sq"]
-                t += 1
+                t += 1  # in place, as all that follows: t, m and v are the state
                 param.mul_(decay)
                 m.lerp_(g, 1 - beta1)  # m + (1 - β₁) · (g - m)
                 v.lerp_(g * g, 1 - beta2)
@@ -772,9 +796,6 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small
     ones settle in.
     Source: Loshchilov and Hutter, "SGDR", 2016, arXiv:1608.03983, equation 5.
-
-    Set it before each update: `for group in optimizer.param_groups: group["lr"] = lr_cosine_schedule(step,
-    …)`.
     """
     # 1. Warm-up: a line from 0 to max_lr.
     if step < warmup_steps:
