@@ -31,14 +31,13 @@ logarithm. Whoever guesses blindly pays ln(V).
 To train the model, repeat:
 
     for step in range(1, total_steps + 1):
-        for group in optimizer.param_groups:          # how far to move the weights in this step
+        for group in optimizer.param_groups:
             group["lr"] = lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
-        x, y = dataset.batch(step - 1, batch_size, seed)  # tokens, and for each the token that follows
-        loss = model.loss(x, y)                       # the forward pass
-        loss.backward()                               # the backward pass: autograd computes the gradient,
-                                                      # how the loss changes with each weight
-        optimizer.step()                              # move each weight a little against its gradient
-        optimizer.zero_grad()                         # forget this gradient
+        x, y = dataset.batch(step - 1, batch_size, seed)  # y: for each token of x, the token that follows
+        loss = model.loss(x, y)  # the forward pass
+        loss.backward()  # the backward pass: the gradient, which is how the loss changes with each weight
+        optimizer.step()  # move each weight a little against its gradient
+        optimizer.zero_grad()  # forget this gradient
 
 To generate text, draw a token from the last prediction, append it to the sequence, and repeat.
 
@@ -356,9 +355,9 @@ class SwiGLU(nn.Module):  # needs: Linear
 class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAttention and its needs
     """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
-    The two terms that are added are called branches. The norm stands before each branch ("pre-norm"), never on
-    the residual stream itself. So the gradient reaches the first layer through a chain of additions, undamped,
-    and deep models train stably.
+    The two terms that are added are called branches. The norm stands before each branch ("pre-norm"), never
+    on the residual stream itself. So the gradient reaches the first layer through a chain of additions,
+    undamped, and deep models train stably.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
 
     In train mode, dropout sets a random share p of what a branch adds to zero and multiplies the rest by 1 /
