@@ -31,10 +31,10 @@ logarithm. Whoever guesses blindly pays ln(V).
 To train the model, repeat:
 
     for step in range(1, total_steps + 1):
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # set the learning rate: how large a step to take
             group["lr"] = lr_cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
         x, y = dataset.batch(step - 1, batch_size, seed)  # y: for each token of x, the token that follows
-        loss = model.loss(x, y)  # the forward pass
+        loss = model.loss(x, y)  # the forward pass, which torch's autograd records
         loss.backward()  # the backward pass: the gradient, which is how the loss changes with each weight
         optimizer.step()  # move each weight a little against its gradient
         optimizer.zero_grad()  # forget this gradient
@@ -44,9 +44,9 @@ To generate text, draw a token from the last prediction, append it to the sequen
 The same letters name the dimensions in every shape below:
     B  batch: sequences processed side by side      V  vocabulary: how many different tokens there are
     T  time: tokens in a sequence                   H  heads of queries
-    D  d_model: width of the residual stream        G  heads of keys and values, usually H
+    D  d_model: width of the residual stream        G  heads of keys and values: H, or fewer to save memory
     N  all tokens of a batch, B · T                 K  width of a head, D / H
-    S  tokens that attention reads: T in training; while generating, those of earlier calls too
+    S  tokens that attention reads: T, and while generating also those read before (see KVCache)
 
 Read from top to bottom. Each class and function can be copied into another project, together with the
 imports and with the names that its comment `# needs:` lists.
@@ -85,7 +85,7 @@ class Linear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new initial values."""
+        """Draw new initial values. All layers have this method, so that a whole model can be filled anew."""
         d_out, d_in = self.weight.shape
         nn.init.normal_(self.weight, std=math.sqrt(2 / (d_in + d_out)))
 
@@ -95,7 +95,10 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table with one learned vector of D numbers for each token of the vocabulary."""
+    """A table with one learned vector of D numbers for each token of the vocabulary.
+
+    The vectors start with variance 1, the scale to which RMSNorm, below, brings all that the blocks read.
+    """
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
@@ -133,7 +136,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
-        x32 = x.float()  # in float16 or bfloat16 the squares would overflow or lose digits
+        x32 = x.float()  # in a 16-bit dtype the squares would overflow or lose digits
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * scale * self.weight).type_as(x)
 
@@ -155,16 +158,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         0     0  -inf
         0     0     0
 
-    The dot product of K independent features of variance 1 has a standard deviation of √K. Divided by √K it
-    has 1. Larger scores would give nearly all weight to a single token, where the gradient of softmax
-    vanishes.
+    If q and k hold K independent numbers of variance 1, their dot product has a standard deviation of √K;
+    divided by √K it has 1. Larger scores would give nearly all weight to a single token, where the gradient
+    of softmax vanishes.
 
-    If T < S, the queries are those of the last T tokens, and the mask has only its last T rows.
-    q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K).
+    If T < S, as in generation (see KVCache), the queries are those of the last T of the S tokens, and the
+    mask has only its last T rows. q (B, H, T, K), k and v (B, H, S, K) → (B, H, T, K).
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
     T, K = q.shape[-2:]
     S = k.shape[-2]
+    # triu keeps what is right of a diagonal; this one ends in the lower right corner.
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     scores = (q / math.sqrt(K)) @ k.mT + mask  # (B, H, T, S)
     return scores.softmax(dim=-1) @ v
@@ -194,24 +198,27 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
 class RoPE(nn.Module):
     """Rotary position embedding: rotate queries and keys by an angle that grows with their position.
 
-    Without it, the score of a query and a key does not depend on where their tokens stand. To attention, the
-    tokens before a word are an unordered set: "dog bites" and "bites dog" look alike. RoPE rotates each query
-    and each key by an angle proportional to its position. If R_a is the rotation by the angle a, then (R_a q)
-    · (R_b k) = q · (R_{b-a} k): the score now depends on the distance of two tokens, though not on where they
-    stand.
+    Without it, a score does not depend on where the two tokens stand. To a layer of attention, the tokens
+    before a word are an unordered set: "dog bites" and "bites dog" look alike. RoPE rotates each query and
+    each key by an angle proportional to its position. If R_a is the rotation by the angle a, then
 
-    A rotation needs two coordinates, so the K features form K/2 pairs (x1, x2). At position t, pair j rotates
-    by the angle t · θ^(-2j/K), for j = 0 … K/2 - 1 and a constant θ, 10,000 by default:
+        (R_a q) · (R_b k) = q · (R_{b-a} k)
+
+    so that the score now depends on how far apart the two tokens are.
+
+    A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature
+    j of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle t ·
+    θ^(-2j/K), with a constant θ, 10,000 by default:
 
         x1' = x1 · cos - x2 · sin
         x2' = x2 · cos + x1 · sin
 
-    The first pair rotates fast, to tell neighbours apart, the last one slowly, for long distances. For
-    example, K = 4 has the pairs (x_0, x_2), rotated by t radians, and (x_1, x_3), rotated by t / 100.
+    The first pair rotates fast, to tell neighbours apart, the last one slowly, for long distances. If K is 4,
+    features 0 and 2 rotate by t radians, and features 1 and 3 by t / 100.
 
-    Feature j of the first half forms a pair with feature j of the second half, as in Hugging Face's Llama.
-    The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same method with the
-    features in another order, but weights trained with one pairing do not work with the other.
+    The paper pairs neighbours instead, features 2j and 2j + 1 ("interleaved"). Both are the same method with
+    the features in another order, but weights trained with one pairing do not work with the other. This one
+    is that of Hugging Face's Llama.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
 
@@ -333,9 +340,10 @@ class SwiGLU(nn.Module):  # needs: Linear
     """The feed-forward of each vector x: W_down (silu(W_gate x) ⊙ W_up x).
 
     Attention moves information from token to token, but only averages it. The feed-forward does not look at
-    other tokens. It computes, on what each token has collected, something that no linear map can: silu(z) = z
-    / (1 + e⁻ᶻ) is near 0 for negative z and near z for positive z. So W_gate x switches each of the d_ff
-    inner features W_up x off, or scales it; ⊙ multiplies feature by feature.
+    other tokens. It computes, on what each token has collected, something that no linear map can. silu(z) = z
+    / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z is far above. So W_gate x switches each
+    of the d_ff inner features W_up x off, or scales it; ⊙ multiplies feature by feature. d_ff is usually 2.7
+    to 4 times D.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
@@ -361,8 +369,8 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
 
     In train mode, dropout sets a random share p of what a branch adds to zero and multiplies the rest by 1 /
-    (1 - p). The model then cannot rely on any single feature, which helps if it would otherwise memorize a
-    small text.
+    (1 - p), so that the mean stays. The model then cannot rely on any single feature, which helps if it would
+    otherwise memorize a small text.
 
     The two norms are named as in Hugging Face's Llama: post_attention_layernorm comes after the attention,
     and before the feed-forward.
@@ -530,7 +538,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: num_heads
-    d_ff: int | None = None  # None: 8/3 · d_model, as many weights as an older feed-forward, D → 4 D → D
+    d_ff: int | None = None  # None: 8/3 · d_model; 3 matrices have as many weights as 2 of 4 · d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix as embedding and as last Linear saves V · D weights
@@ -589,11 +597,14 @@ class TransformerLM(nn.Module):  # needs: everything above
             self.layers.append(block)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.reset_parameters()  # draws anew what the layers have drawn: one method that fills everything
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all initial values. This also fills a model that was made on torch's meta device."""
+        """Draw all initial values: those of the layers once more, and what concerns all layers together.
+
+        This also fills a model that was made on torch's meta device, where tensors have no memory.
+        """
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -603,8 +614,8 @@ class TransformerLM(nn.Module):  # needs: everything above
             layer.self_attn.o_proj.weight /= math.sqrt(2 * len(self.layers))
             layer.mlp.down_proj.weight /= math.sqrt(2 * len(self.layers))
         if self.config.tie_embeddings:
-            # The matrix must suit the logits, which are sums of d_model terms: this gives them a scale of 1.
-            # For the embeddings it is small, but the first RMSNorm makes up for that.
+            # The one matrix must suit the logits. These are sums of d_model terms: this gives them a variance
+            # of 1. As embeddings its vectors are small, but the first RMSNorm makes up for that.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(self.config.d_model))
             self.embed_tokens.weight = self.lm_head.weight
 
@@ -645,10 +656,10 @@ class TransformerLM(nn.Module):  # needs: everything above
         """Continue a prompt of P tokens, (B, P), int64: yield one token for each row, (B,), at a time.
 
         temperature, top_k, top_p and generator are those of `sample_token`. A row that has drawn eos_id (the
-        "end of sequence" token) repeats it; generation ends when all rows have drawn it. The model sees at
-        most the last context_length tokens, and after it has filled its context at least the last half of
-        them. Call model.eval() first: in train mode, dropout acts here too. Raises ValueError for arguments
-        out of range, when the first token is asked for.
+        "end of sequence" token) repeats it; generation ends when all rows have drawn it. The model sees the
+        last context_length tokens; when these are full, it goes on from their last half. Call model.eval()
+        first: in train mode, dropout acts here too. Raises ValueError for arguments out of range, when the
+        first token is asked for.
         """
         context_length = self.config.context_length
         vocab_size = self.config.vocab_size
@@ -664,8 +675,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
             # 1. Make room. A full cache cannot drop its first token: what it holds of the others was computed
-            #    with it. So read the last half of the tokens again, into empty caches. (Half, so that this
-            #    is needed only once in a while.)
+            #    with it. So read the last half of the tokens again, into empty caches.
             if caches[0].length == context_length:
                 caches = [KVCache(max_length) for _ in self.layers]
                 unread = tokens[:, -max(1, context_length // 2) :]
@@ -706,20 +716,20 @@ class TransformerLM(nn.Module):  # needs: everything above
 class AdamW(torch.optim.Optimizer):
     """Gradient descent, θ ← θ - η · g, made to work well: Adam with decoupled weight decay.
 
-    For a parameter θ with gradient g, in its step t = 1, 2, …, at the learning rate η (letters as in the
-    paper):
+    For a parameter θ with gradient g, in its step t = 1, 2, …, at the learning rate η:
 
         θ ← θ - η · λ · θ              weight decay, with λ = weight_decay
         m ← β₁ · m + (1 - β₁) · g      running mean of the gradient
         v ← β₂ · v + (1 - β₂) · g²     running mean of its square
-        m̂ = m / (1 - β₁ᵗ)              both start at 0, and are too small at first: m is (1 - β₁) · g
-        v̂ = v / (1 - β₂ᵗ)              after step 1, and this makes it g
+        m̂ = m / (1 - β₁ᵗ)
+        v̂ = v / (1 - β₂ᵗ)
         θ ← θ - η · m̂ / (√v̂ + ε)
 
-    The mean m̂ smooths out the noise of single batches. Some parameters have gradients a thousand times
-    larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight decay
-    pulls each weight towards 0 unless the data keeps pushing it away. It is decoupled: not a part of g, so
-    √v̂ does not rescale it.
+    m and v start at 0, so at first they are too small: after one step m is (1 - β₁) · g. Divided by 1 - β₁ᵗ
+    it is g. The mean m̂ smooths out the noise of single batches. Some parameters have gradients a thousand
+    times larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight
+    decay pulls each weight towards 0 unless the data keeps pushing it away; small weights generalize better.
+    It is decoupled: not a part of g, so √v̂ does not rescale it.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
     The gains of RMSNorm belong near 1, not 0, so they get a group of parameters without decay:
