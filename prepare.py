@@ -102,9 +102,9 @@ class Corpus:
                         yield path, io.BytesIO(parse_line(line, f"{path}, line {number}"))
 
     def pieces(self, doing: str, whole_documents: bool = False) -> Iterator[Piece]:
-        """Yield the documents, one after another, piece by piece, so that files may be larger than memory.
+        """Yield all documents, piece by piece, so that a file may be larger than memory.
 
-        doing: what to call this in the progress line. whole_documents: do not divide them into pieces.
+        doing: what the progress line calls this. whole_documents: leave each document in one piece.
         """
         total_size = sum(path.stat().st_size for path in self.files)
         progress = Progress(doing, total_size)
@@ -112,7 +112,7 @@ class Corpus:
         few_documents = sum(1 for _ in itertools.islice(self.documents(), every)) < every
         for number, (path, file) in enumerate(self.documents(), start=1):
             size = file.seek(0, os.SEEK_END)
-            # Train on the bytes before `cut`, hold out those behind it.
+            # Train on the bytes before `cut`, and hold out those from there on.
             if self.val_files is not None:
                 cut = 0 if path in self.val_files else size
             elif few_documents:
@@ -135,35 +135,37 @@ def parse_line(line: bytes, where: str) -> bytes:
 
 
 def next_character(file: BinaryIO, position: int) -> int:
-    """The position, or if it is inside a character of UTF-8 the end of that."""
+    """Where the next character of UTF-8 begins, at `position` or shortly after."""
     file.seek(position)
-    rest = re.match(rb"[\x80-\xbf]*", file.read(3))  # the bytes that do not begin a character
+    rest = re.match(rb"[\x80-\xbf]*", file.read(3))  # bytes that do not begin a character
     return position + rest.end()
 
 
-# Tokens end where a word ends and a space follows, so that pieces that are cut there give the tokens of the
-# whole text. Where there is no such place, as in Chinese, cut before the last character.
+# Where to cut a text into pieces: after the last word that a space follows. A token always ends there, so
+# the tokens of the pieces are those of the whole. If there is none, as in Chinese: before the last character.
 CUT = re.compile(rb"(?s).*[0-9A-Za-z](?=\s)|.+(?=[^\x80-\xbf])|.*")
 
 
 def read_pieces(
     path: Path, file: BinaryIO, split: str, start: int, end: int, block_size: int
 ) -> Iterator[Piece]:
-    """Yield the bytes of a document from start to end, about block_size in each piece."""
+    """Yield the bytes of a document from start to end, in pieces of about block_size bytes."""
     file.seek(start)
     starts_document = True
     text = b""
     for position in range(start, end, block_size):
         text += file.read(min(block_size, end - position))
-        is_last = position + block_size >= end
-        cut = len(text) if is_last else CUT.match(text).end()
+        if position + block_size < end:
+            cut = CUT.match(text).end()
+        else:  # nothing follows
+            cut = len(text)
         yield Piece(path, split, starts_document, text[:cut])
         starts_document = False
         text = text[cut:]
 
 
 class Progress:
-    """Says how long work will take: after the first second, then each second, in a log each minute."""
+    """Says how far the work is: after a second, then every second on a terminal, every minute in a log."""
 
     def __init__(self, what: str, total_size: int):
         self.what = what
@@ -187,7 +189,7 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------ Finding the files
-OUTPUTS = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
+OUTPUTS = ["train.bin", "val.bin", "meta.json", "tokenizer.json"]
 
 
 def find_files(inputs: list[str], out_dir: str, copies: str) -> list[Path]:
@@ -197,32 +199,34 @@ def find_files(inputs: list[str], out_dir: str, copies: str) -> list[Path]:
     """
     files = []
     for name in inputs:
+        path = Path(name)
         if name == "-":
             path = Path(copies, "standard input")
             with open(path, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
             files.append(path)
-        elif Path(name).is_dir():
-            files += files_in_folder(Path(name), Path(out_dir).resolve())
+        elif path.is_dir():
+            files += files_in_folder(path, Path(out_dir).resolve())
+        elif path.is_file():
+            files.append(path)
         else:
-            files.append(Path(name))
+            raise ValueError(f"{name}: not a file or folder; to pipe text in:  ... | python prepare.py -")
     return files
 
 
 def files_in_folder(folder: Path, out: Path) -> list[Path]:
+    """All files in a folder and its folders, but hidden ones and those that we have written to `out`."""
     files = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        # Skip our own output files if out_dir is inside the folder, and what a kill has left of them.
-        is_output = path.parent.resolve() == out and path.name.removesuffix(".tmp") in OUTPUTS
-        if path.is_file() and not hidden and not is_output:
+        is_ours = path.parent.resolve() == out and path.name.removesuffix(".tmp") in OUTPUTS
+        if path.is_file() and not hidden and not is_ours:
             files.append(path)
     return files
 
 
-# Folders with tests, large tables, or packages that are not part of the library.
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "distutils", "encodings", "pydoc_data"}
-SKIPPED_FOLDERS |= {"site-packages", "dist-packages"}
+TESTS_AND_TABLES = {"test", "tests", "idlelib", "lib2to3", "distutils", "encodings", "pydoc_data"}
+OTHER_PACKAGES = {"site-packages", "dist-packages"}
 
 
 def standard_library(val_fraction: float) -> Corpus:
@@ -235,9 +239,9 @@ def standard_library(val_fraction: float) -> Corpus:
     val_files = set()
     for path in sorted(root.rglob("*.py"), key=Path.as_posix):
         parts = path.relative_to(root).parts
-        # These tell about the machine that built Python.
+        # The settings and paths of the machine that built Python.
         build = path.name.startswith("_sysconfigdata") or parts[0].startswith("config-")
-        if build or SKIPPED_FOLDERS.intersection(parts):
+        if build or TESTS_AND_TABLES.intersection(parts) or OTHER_PACKAGES.intersection(parts):
             continue
         files.append(path)
         module = parts[0].removesuffix(".py")
@@ -285,9 +289,9 @@ class ByteTokenizer(Tokenizer):
 
 
 def visible_bytes() -> dict[str, int]:
-    """The characters that stand for the 256 bytes in a tokenizer.json, as GPT-2 (2019) chose them.
+    """Which byte each character of a tokenizer.json stands for, as GPT-2 (2019) chose them.
 
-    A byte that is a visible character stands for itself, the others are the characters from 256 on.
+    A byte that is a visible character is written as itself, the others as the characters from 256 on.
     """
     byte_of = {}
     free = 256
@@ -305,9 +309,9 @@ EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # in GPT-2, L
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding: bytes that often stand side by side are one token.
+    """Byte-pair encoding: bytes that often follow each other become one token.
 
-    It is a tokenizer.json of the package `tokenizers`, learned here or by the makers of a model.
+    It needs the package `tokenizers`, and comes from a tokenizer.json, of Hugging Face or learned here.
     Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016,
     arXiv:1508.07909.
     """
@@ -321,11 +325,12 @@ class BPETokenizer(Tokenizer):
             decoder = json.dumps(json.loads(text)["decoder"])
         except Exception as error:  # the package raises no narrower type
             raise ValueError(f"not a tokenizer.json: {error}") from None
-        # There are two ways to write bytes: GPT-2's, and a token <0xE9> for each byte of a rare character.
+        # Two kinds of tokenizer keep every byte. GPT-2's writes each byte as a visible character. Llama 2's
+        # has a token like <0xE9> for each byte of a rare character; it puts a space before each text.
         self.byte_level = "ByteLevel" in decoder
         if not self.byte_level and "ByteFallback" not in decoder:
             raise ValueError("its tokens do not stand for bytes; such a tokenizer is not supported")
-        self.whole_documents = not self.byte_level  # the second way puts a space before each text
+        self.whole_documents = not self.byte_level
         self.tokenizer.encode_special_tokens = True  # in a text, "<|endoftext|>" is text like any other
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -393,7 +398,7 @@ def find_tokenizer(path: str) -> BPETokenizer:
     for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
         if eos_id is None and config.exists():
             eos_id = read_json(config).get("eos_token_id")
-    if isinstance(eos_id, list):  # a chat model ends its turns with further ones
+    if isinstance(eos_id, list):  # chat models have further ones, which end a turn
         eos_id = eos_id[0]
     try:
         return BPETokenizer(text, eos_id)
@@ -479,8 +484,18 @@ def write_pieces(corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, files: d
     }
 
 
-META_KEYS = ("tokenizer", "vocab_size", "eos_id", "dtype", "source")
-META_KEYS += ("train_tokens", "val_tokens", "train_bytes", "val_bytes", "sha256")
+META_KEYS = [
+    "tokenizer",
+    "vocab_size",
+    "eos_id",
+    "dtype",
+    "source",
+    "train_tokens",
+    "val_tokens",
+    "train_bytes",
+    "val_bytes",
+    "sha256",
+]
 
 
 def load_meta(data_dir: str) -> dict:
@@ -557,8 +572,10 @@ def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
     for word in join_values(argv):
         key, equals, text = word.removeprefix("--").partition("=")
         if key not in fields:
+            hint = "--help lists all keys"
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
-            hint = f"did you mean --{near[0]}=VALUE? (--help lists all)" if near else "--help lists all"
+            if near:
+                hint = f"did you mean --{near[0]}=VALUE? {hint}"
             raise ValueError(f"{word}: no such key; {hint}")
         if not word.startswith("--") or not equals:
             raise ValueError(f"{word}: a key is given as --{key}=VALUE")
