@@ -86,7 +86,6 @@ def draw_tokens(
     model: TransformerLM, prompt: Tensor, eos_id: int, config: SampleConfig, generator: Generator
 ) -> Iterator[int]:
     """Yield the tokens that follow the prompt (1, T), up to the end of the document."""
-    torch.backends.mkldnn.enabled = True
     stream = model.stream(
         prompt,
         config.max_new_tokens,
@@ -100,8 +99,9 @@ def draw_tokens(
         # The prompt is read. For one token at a time, bfloat16 on a CPU is 1.7 times as fast without oneDNN.
         torch.backends.mkldnn.enabled = model.lm_head.weight.dtype != torch.bfloat16
         if token.item() == eos_id:
-            return
+            break
         yield token.item()
+    torch.backends.mkldnn.enabled = True
 
 
 def print_samples(
