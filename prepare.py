@@ -1,16 +1,16 @@
 """Turn text into token files: data/train.bin, data/val.bin and data/meta.json.
 
-    python prepare.py book.txt                     # one document: its last tenth is held out for validation
-    python prepare.py notes/ --out_dir=data-notes  # every file in the folder: each tenth file is held out
-    python prepare.py corpus.jsonl                 # one document in each line: {"text": "..."}
-    curl ... | python prepare.py -                 # standard input
-    python prepare.py                              # the source of Python's own standard library
-    python prepare.py book.txt --tokenizer=bpe --vocab_size=4096     # learn tokens of several bytes
-    python prepare.py book.txt --tokenizer=FOLDER  # the tokenizer of a Hugging Face model
-
-This file follows the text on its way: documents, tokenizers, token files. The last section holds what the
-three scripts share: a dataclass as a command line, errors in one line, and the choice of a device.
+python prepare.py book.txt                     # one document: its last tenth is held out for validation
+python prepare.py notes/ --out_dir=data-notes  # every file in the folder: each tenth file is held out
+python prepare.py corpus.jsonl                 # one document in each line: {"text": "..."}
+curl ... | python prepare.py -                 # standard input
+python prepare.py                              # the source of Python's own standard library
+python prepare.py book.txt --tokenizer=bpe --vocab_size=4096     # learn tokens of several bytes
+python prepare.py book.txt --tokenizer=FOLDER  # the tokenizer of a Hugging Face model
 """
+
+# The sections follow the text on its way: documents, tokenizers, token files. The last one holds what the
+# three scripts share: a dataclass as a command line, errors in one line, and the choice of a device.
 
 import codecs
 import dataclasses
@@ -278,8 +278,10 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 256
     eos_id = 0  # a byte that text does not use
-    table = [bytes([byte]) for byte in range(256)]  # noqa: RUF012 (nobody changes it)
-    spec = {"kind": "bytes"}  # noqa: RUF012
+
+    def __init__(self):
+        self.table = [bytes([byte]) for byte in range(256)]
+        self.spec = {"kind": "bytes"}
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8)
