@@ -1,23 +1,27 @@
 """Text in, text out: continue a prompt with a trained model.
 
-python sample.py                               # asks for prompts, until Ctrl-D; or reads one, piped in
+python sample.py                               # asks for prompts until Ctrl-D; or reads one, piped in
 python sample.py --prompt="def "
 python sample.py --checkpoint=out-notes/best.pt --prompt=@opening.txt --temperature=1 --num_samples=3
-python sample.py --export=FOLDER               # writes the model for Hugging Face's transformers
+python sample.py --export=FOLDER               # write the model for Hugging Face's transformers
 """
 
-import contextlib
+import json
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Generator, Tensor
 
-from lm import CheckpointHandler, ModelConfig, TransformerLM, load_pretrained, save_pretrained
-from prepare import export_tokenizer, find_tokenizer, load_tokenizer, parse_args, pick_device, run
+import lm
+import prepare
+from lm import TransformerLM
+from prepare import Tokenizer
 
 
 @dataclass
@@ -36,77 +40,147 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_samples", "seed"):
+            value = getattr(self, name)
+            if not 0 <= value < 2**63:
+                raise ValueError(f"--{name}={value}: must be at least 0 and below {2**63}")
+        # Draw once from a vocabulary of one token: settings out of range are refused before any work.
+        lm.sample_token(torch.zeros(1), self.temperature, self.top_k, self.top_p)
 
-def load_model(path: str) -> tuple:
+
+def load_model(path: str) -> tuple[TransformerLM, Tokenizer]:
     """The model and the tokenizer of a checkpoint or of a Hugging Face folder, on the CPU."""
     if not Path(path).exists():
         raise ValueError(f"{path}: not there; train a model:  python train.py  or name another --checkpoint")
     if Path(path).is_dir():
-        return load_pretrained(path).eval(), find_tokenizer(path)
-    state = CheckpointHandler(Path(path).parent).load(Path(path).name)
-    if not {"model", "config", "tokenizer"} <= set(state):
-        raise ValueError(f"{path}: no checkpoint of train.py")
-    config = ModelConfig(**{field.name: state["config"][field.name] for field in fields(ModelConfig)})
-    model = TransformerLM(config)
+        return lm.load_pretrained(path).eval(), prepare.find_tokenizer(path)
+    state = lm.CheckpointHandler(Path(path).parent).load(Path(path).name)
+    for key in ("model", "model_config", "tokenizer"):
+        if key not in state:
+            raise ValueError(f"{path}: not a checkpoint of this version of train.py: it has no {key}")
+    model = TransformerLM(lm.ModelConfig(**state["model_config"]))
     model.load_state_dict(state["model"])
-    return model.eval(), load_tokenizer(state["tokenizer"])
+    return model.eval(), prepare.load_tokenizer(state["tokenizer"])
 
 
-def read_prompt(prompt: str) -> bytes:
-    if prompt == "-":
-        return sys.stdin.buffer.read()
-    return Path(prompt[1:]).read_bytes() if prompt.startswith("@") else os.fsencode(prompt)
+def read_prompts(prompt: str | None) -> Iterator[bytes]:
+    """Yield the prompt; or what is piped in; or, on a terminal, one after another until Ctrl-D."""
+    if prompt is None and sys.stdin.isatty():
+        while True:
+            try:
+                line = input("prompt> ")
+            except EOFError:
+                print()
+                return
+            yield os.fsencode(line)
+    elif prompt is None or prompt == "-":
+        yield sys.stdin.buffer.read()
+    elif prompt.startswith("@"):
+        yield Path(prompt[1:]).read_bytes()
+    else:
+        yield os.fsencode(prompt)
 
 
-def speak(model: TransformerLM, tokenizer, prompt: bytes, c: SampleConfig, generator) -> None:
-    """Print the prompt and its continuations, as they come."""
-    try:
-        shown = prompt.decode()
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"--prompt={c.prompt or '-'}: its byte {problem.start:,} is not UTF-8") from None
-    ids = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()] or [tokenizer.eos_id]
-    if len(ids) > (window := model.config.context_length):
-        print(f"of the prompt's {len(ids):,} tokens the model sees the last {window}", file=sys.stderr)
-    tokens = torch.tensor([ids[-window:]], device=generator.device)
-    start, made, eos_id = time.perf_counter(), 0, tokenizer.eos_id
-    for i in range(c.num_samples):
-        stream = model.stream(tokens, c.max_new_tokens, c.temperature, c.top_k, c.top_p, eos_id, generator)
-        text = tokenizer.decode(token for drawn in stream if (token := drawn.item()) != eos_id)
-        first = next(text)  # settings out of range are refused here, before the prompt is shown
-        # The prompt is read. For one token at a time in bfloat16, torch alone is 1.7 times as fast as oneDNN.
+def draw_tokens(
+    model: TransformerLM, prompt: Tensor, eos_id: int, config: SampleConfig, generator: Generator
+) -> Iterator[int]:
+    """Yield the tokens that follow the prompt (1, T), up to the end of the document."""
+    stream = model.stream(
+        prompt,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_id=eos_id,
+        generator=generator,
+    )
+    for token in stream:
+        # The prompt is read. For one token at a time, bfloat16 on a CPU is 1.7 times as fast without oneDNN.
         torch.backends.mkldnn.enabled = model.lm_head.weight.dtype != torch.bfloat16
-        print("\n---\n" * (i > 0) + shown + first, end="", flush=True)
-        for piece in text:  # one for each token: the last is the end of what was held back
-            print(piece, end="", flush=True)
-            made += 1
-        torch.backends.mkldnn.enabled = True
+        if token.item() == eos_id:
+            break
+        yield token.item()
+    torch.backends.mkldnn.enabled = True
+
+
+def print_samples(
+    model: TransformerLM, tokenizer: Tokenizer, prompt: bytes, config: SampleConfig, generator: Generator
+) -> None:
+    """Print the prompt and its continuations, token by token."""
+    try:
+        prompt_text = prompt.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt={config.prompt or '-'}: its byte {error.start:,} is not UTF-8") from None
+    ids = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()]
+    if not ids:
+        ids = [tokenizer.eos_id]  # where one document ends, the next begins
+    context_length = model.config.context_length
+    if len(ids) > context_length:
+        hidden = len(ids) - context_length
+        print(f"the model does not see the first {hidden:,} tokens of the prompt", file=sys.stderr)
+    tokens = torch.tensor([ids[-context_length:]], device=generator.device)
+    num_tokens = 0
+    start_time = time.perf_counter()
+    for i in range(config.num_samples):
+        if i > 0:
+            print("\n---")
+        print(prompt_text, end="", flush=True)
+        drawn = draw_tokens(model, tokens, tokenizer.eos_id, config, generator)
+        for text in tokenizer.decode(drawn):
+            print(text, end="", flush=True)
+            num_tokens += 1
+        num_tokens -= 1  # decode yields a text for each token, and one more at the end
         print()
-    seconds = time.perf_counter() - start
-    print(f"{made:,} tokens, {made / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
+    seconds = time.perf_counter() - start_time
+    print(f"{num_tokens:,} tokens, {num_tokens / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
+
+
+def export_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
+    """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
+    if tokenizer.spec["kind"] == "bpe":
+        content = tokenizer.spec["json"]
+    else:
+        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        content = json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "pre_tokenizer": as_bytes,
+                "decoder": as_bytes,
+                "model": {"type": "BPE", "vocab": prepare.VISIBLE_BYTES, "merges": []},
+            }
+        )
+    # No end-of-text token is declared here, or its name would be found in texts: config.json has its id.
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+    files = {
+        "tokenizer.json": content,
+        "tokenizer_config.json": json.dumps(settings),
+        "generation_config.json": json.dumps({"eos_token_id": tokenizer.eos_id}),
+    }
+    for name, text in files.items():
+        with lm.atomic_write(Path(folder, name)) as file:
+            file.write(text.encode())
 
 
 def main(argv: list[str]) -> None:
-    c = SampleConfig(**parse_args(SampleConfig, argv, __doc__))
-    for name in ("max_new_tokens", "num_samples", "seed"):
-        if not 0 <= getattr(c, name) < 2**63:
-            raise ValueError(f"--{name}={getattr(c, name)}: must be at least 0 and below {2**63}")
-    model, tokenizer = load_model(c.checkpoint)
-    if c.export:
-        save_pretrained(model, c.export, tokenizer.eos_id)
-        export_tokenizer(tokenizer, c.export)
-        print(f"{c.export}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+    config = SampleConfig(**prepare.parse_args(SampleConfig, argv, __doc__))
+    model, tokenizer = load_model(config.checkpoint)
+    if config.export:
+        lm.save_pretrained(model, config.export, tokenizer.eos_id)
+        export_tokenizer(tokenizer, config.export)
+        print(f"{config.export}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
         return
-    device, dtype = pick_device(c.device, c.dtype)
+    device, dtype = prepare.pick_device(config.device, config.dtype)
     model.to(device, dtype)
-    generator = torch.Generator(device).manual_seed(c.seed)
-    if c.prompt is None and sys.stdin.isatty():
-        with contextlib.suppress(EOFError):  # Ctrl-D
-            while True:
-                speak(model, tokenizer, os.fsencode(input("prompt> ")), c, generator)
-        print()
-    else:
-        speak(model, tokenizer, read_prompt("-" if c.prompt is None else c.prompt), c, generator)
+    generator = Generator(device).manual_seed(config.seed)
+    for prompt in read_prompts(config.prompt):
+        print_samples(model, tokenizer, prompt, config, generator)
 
 
 if __name__ == "__main__":
-    run(main)
+    prepare.run_cli(main)

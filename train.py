@@ -491,6 +491,7 @@ class TrainManager:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "config": dataclasses.asdict(self.config),
+            "model_config": dataclasses.asdict(self.model.config),
             "best_val_loss": self.best_val_loss,
             "tokenizer": self.meta["tokenizer"],
         }
@@ -558,7 +559,7 @@ def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
     except (ValueError, FileNotFoundError) as problem:
         if not prev.exists():
             raise
-        print(f"{prepare.in_words(problem)}; going on from the checkpoint before it, {prev}")
+        print(f"{prepare.format_error(problem)}; going on from the checkpoint before it, {prev}")
         state = checkpoints.load("prev.pt")
         if last.exists():
             os.replace(last, last.with_name("damaged.pt"))
@@ -696,7 +697,7 @@ def main(argv: list[str]) -> None:
         del state  # as large as the model and its optimizer
         run_training(manager, given)
     except (RuntimeError, MemoryError) as problem:  # say what happened where torch's own words do not
-        if prepare.out_of_memory(problem):
+        if prepare.is_out_of_memory(problem):
             keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
             values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
             raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
@@ -708,7 +709,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        prepare.run(main)
+        prepare.run_cli(main)
         status = 0
     except SystemExit as leaving:
         status = leaving.code
