@@ -82,7 +82,7 @@ def parse_args(config_class: type, argv: list[str], doc: str) -> dict:
     return given
 
 
-def run(main) -> None:
+def run_cli(main) -> None:
     """Call main(argv). What the user can mend ends in one line and status 2, a bug in its traceback."""
     try:
         main(sys.argv[1:])
@@ -90,21 +90,21 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as problem:
-        if isinstance(problem, RuntimeError) and not out_of_memory(problem):
+        if isinstance(problem, RuntimeError) and not is_out_of_memory(problem):
             raise
         show_progress("")
-        print(f"error: {in_words(problem)}", file=sys.stderr)
+        print(f"error: {format_error(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def out_of_memory(problem: Exception) -> bool:
+def is_out_of_memory(problem: Exception) -> bool:
     """Of whichever device: the CPU's allocator raises a RuntimeError."""
     return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
 
 
-def in_words(problem: Exception) -> str:
+def format_error(problem: Exception) -> str:
     if isinstance(problem, ModuleNotFoundError):  # all but torch and numpy are imported where they are used
         return f"this needs the package {problem.name}:  pip install {problem.name}"
     where = getattr(problem, "filename", None)
@@ -488,4 +488,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

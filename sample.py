@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from lm import CheckpointHandler, ModelConfig, TransformerLM, load_pretrained, save_pretrained
-from prepare import export_tokenizer, find_tokenizer, load_tokenizer, parse_args, pick_device, run
+from prepare import export_tokenizer, find_tokenizer, load_tokenizer, parse_args, pick_device, run_cli
 
 
 @dataclass
@@ -109,4 +109,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)
