@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import pty
 import re
 import runpy
 import shlex
@@ -1592,7 +1593,7 @@ def test_fsdp_is_refused_where_it_cannot_work(folder):
         train.main([*SMALL, "--fsdp=True"])
     module = train.LossModule(tiny())
     with pytest.raises(ValueError, match="--fsdp=True: needs --dtype=bfloat16 or float32"):
-        train.parallelize(module, torch.device("cpu"), torch.float16, fsdp=True, compile=False)
+        train.parallelize(module, torch.device("cpu"), torch.float16, True, False)
 
 
 def wait_for_update(process, step):
@@ -1823,6 +1824,40 @@ def test_a_second_interrupt_stops_at_once(folder):
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)
     assert process.wait(timeout=3) == -signal.SIGINT and not Path("out/last.pt").exists()
+
+
+def test_a_closed_terminal_saves_first(folder):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *SMALL,
+            "--max_steps=1000000",
+            "--eval_interval=1000000",
+        ]
+        os.execv(sys.executable, words)
+    shown = b""
+    while shown.count(b"train_loss") < 20:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert last()["step"] == metrics()[-1]["step"] >= 20
+
+
+def test_a_run_under_nohup_does_not_hear_that_the_terminal_was_closed(folder):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        m = manager()
+        train.stop_on_signals(m)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert m.stop_signal == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert m.stop_signal == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow

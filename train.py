@@ -8,6 +8,7 @@ torchrun --standalone --nproc_per_node=8 train.py --resume=auto    # the same ru
 """
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
@@ -153,7 +154,8 @@ class Logger:
             self.wandb_id = self.wandb.id
         self.path = Path(config.out_dir, "metrics.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        # Line by line, so that a killed run has written all that it has reported.
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.cut_metrics(step)
         if step == 0:
             self.file.write(json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n")
@@ -180,30 +182,37 @@ class Logger:
         """Keep what was measured after update `step`."""
         line = {"step": step}
         for key, value in values.items():
-            is_json = not isinstance(value, float) or math.isfinite(value)  # JSON has no NaN and no infinity
-            line[key] = value if is_json else None
+            if isinstance(value, float) and not math.isfinite(value):
+                value = None  # JSON has no NaN and no infinity
+            line[key] = value
         self.file.write(json.dumps(line) + "\n")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
     def say(self, text: str, passing: bool = False) -> None:
         """Print a line. On a terminal, the next line takes the place of a passing one."""
-        if not sys.stdout.isatty():
-            print(text, flush=True)
-            return
-        # A line that is wider than the terminal takes two rows, of which only one could be cleared.
-        fits = len(text) < shutil.get_terminal_size().columns
-        end = "" if passing and fits else "\n"
-        print(f"\r\033[K{text}", end=end, flush=True)
+        end = "\n"
+        if sys.stdout.isatty():
+            # A wider line takes two rows, of which only one could be cleared.
+            fits = len(text) < shutil.get_terminal_size().columns
+            if passing and fits:
+                end = ""
+            text = f"\r\033[K{text}"  # go to the start of the row and clear it
+        try:
+            print(text, end=end, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:  # this one says that the terminal was closed: go on, to save
+                raise
 
     def progress(self, step: int, values: dict) -> None:
         """Report the updates of one interval."""
         self.record(step, values)
+        max_steps = self.config.max_steps
         seconds = time.perf_counter() - self.start_time
-        left = int(seconds / (step - self.first_step) * (self.config.max_steps - step))
-        text = f"step {step}/{self.config.max_steps}  train_loss {values['train_loss']:.3f}  lr {values['lr']:.2e}"
+        left = int(seconds / (step - self.first_step) * (max_steps - step))
+        text = f"step {step}/{max_steps}  train_loss {values['train_loss']:.3f}  lr {values['lr']:.2e}"
         text += f"  grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
-        if values.get("skipped"):
+        if values.get("skipped"):  # in float16
             text += f"  skipped {values['skipped']}"
         self.say(f"{text}  {left // 60}:{left % 60:02} left", passing=True)
 
@@ -309,7 +318,7 @@ class TrainManager:
         self.build_optimizer()
         if state is not None:
             self.load(state)
-        if self.compile and not config.fsdp:
+        if self.compile and not config.fsdp:  # after load, which makes a step of its own
             self.optimizer.step = torch.compile(self.optimizer.step)
 
     def open_data(self, split: str) -> lm.MemmapTokenDataset:
@@ -366,7 +375,7 @@ class TrainManager:
         c = self.config
         self.params = list(self.model.parameters())
         matrices = [param for param in self.params if param.ndim > 1]
-        gains = [param for param in self.params if param.ndim == 1]
+        gains = [param for param in self.params if param.ndim == 1]  # should be near 1: no decay towards 0
         groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
         lr = torch.tensor(c.max_lr, device=self.device)  # a tensor: one compiled step serves every value
         self.optimizer = lm.AdamW(groups, lr, (c.beta1, c.beta2), weight_decay=c.weight_decay)
@@ -385,7 +394,7 @@ class TrainManager:
         num_losses = 0
         self.restart_clock()
         while True:
-            # Evaluate, the first time before the first update. What was trained is saved before.
+            # Evaluate, the first time before the first update. An evaluation takes long: save before it.
             if c.evaluation_is_due(self.step):
                 self.save_last()
                 self.validate(logger)
@@ -619,7 +628,7 @@ def init_distributed() -> None:
 
 
 def broadcast(value):
-    """The value that the first process has, in all of them."""
+    """Return the first process's value in all of them."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -628,9 +637,9 @@ def broadcast(value):
 
 
 def on_first_process(work, *args) -> tuple:
-    """What work(*args) returns when the first process alone calls it, in all of them.
+    """Call work(*args) in the first process alone, and return its result in all of them.
 
-    If it fails there, the first process raises and the others end.
+    If it fails, the first process raises the error and the others end.
     """
     result = None
     try:
@@ -644,7 +653,7 @@ def on_first_process(work, *args) -> tuple:
 
 
 def all_reduce(value: float, operation=dist.ReduceOp.SUM) -> float:
-    """The sum, or what else the operation says, of the values that the processes have."""
+    """The sum of the values of all processes, or what else `operation` makes of them."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU, so that no GPU is waited for
@@ -653,7 +662,7 @@ def all_reduce(value: float, operation=dist.ReduceOp.SUM) -> float:
 
 
 def parallelize(
-    loss_module: LossModule, device: torch.device, dtype: torch.dtype, fsdp: bool, compile: bool
+    loss_module: LossModule, device: torch.device, dtype: torch.dtype, fsdp: bool, compile_blocks: bool
 ) -> nn.Module:
     """Wrap the module in DDP or FSDP.
 
@@ -671,11 +680,12 @@ def parallelize(
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.layers:
-        if compile:
+        if compile_blocks:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss")  # FSDP gathers weights before forward, and before these
+    # FSDP gathers weights when forward is called; here these two are called instead.
+    register_fsdp_forward_method(model, "loss")
     register_fsdp_forward_method(model, "generate")
     return loss_module
 
@@ -719,16 +729,12 @@ def new_config(overrides: dict) -> TrainConfig:
     shape = dataclasses.asdict(lm.pretrained_config(folder))
     values = dict(overrides)
     values.setdefault("context_length", min(shape["context_length"], 512))
-    if values["context_length"] > shape["context_length"]:
-        raise ValueError(
-            f"--context_length={values['context_length']}: the model in {folder} has {shape['context_length']}"
-        )
     for key in MODEL_KEYS:
-        if key in ("context_length", "dropout"):  # these are of the run
-            continue
-        values.setdefault(key, shape[key])
-        if values[key] != shape[key]:
-            raise ValueError(f"--{key}={values[key]}: the model in {folder} has {shape[key]}")
+        value = values.setdefault(key, shape[key])
+        is_ours = key == "dropout"  # no part of a model in a folder
+        is_shorter = key == "context_length" and value < shape[key]
+        if value != shape[key] and not is_ours and not is_shorter:
+            raise ValueError(f"--{key}={value}: the model in {folder} has {shape[key]}")
     return TrainConfig(**values)
 
 
@@ -887,8 +893,9 @@ def run_training(manager: TrainManager, overrides: dict) -> None:
         logger.say(f"stopped after update {manager.step}; go on with:  {command}")
     else:
         best = Path(config.out_dir, "best.pt")
+        text = manager.sample(400)
         logger.say(
-            f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
+            f"\n{text}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
             f"best val_loss {manager.best_val_loss:.4f} nats, after update {manager.best_step:,}\n"
             f"sample more:  {shlex.join(['python', 'sample.py', f'--checkpoint={best}'])}\n"
             f"train on:     {command} --max_steps={2 * config.max_steps}"
