@@ -125,9 +125,9 @@ class TrainConfig:
 
 KEYS = [field.name for field in dataclasses.fields(TrainConfig)]
 MODEL_KEYS = [field.name for field in dataclasses.fields(lm.ModelConfig) if field.name in KEYS]
-# A resumed run takes these keys from the command line alone, ...
+# A resumed run takes the keys of the machine from the command line alone. It keeps the fixed ones as they
+# were. All others are those of the checkpoint, unless the command line has them.
 MACHINE_KEYS = ["out_dir", "resume", "micro_batch_size", "device", "dtype", "compile", "fsdp"]
-# ... keeps these as they were, and takes all others from the checkpoint, unless the command line has them.
 FIXED_KEYS = [*MODEL_KEYS, "init_from", "batch_size", "seed"]
 
 
@@ -555,6 +555,7 @@ class TrainManager:
 
     def save(self, name: str, with_optimizer: bool = True) -> None:
         """Save the run to out_dir/name. Under FSDP the first process gathers the shares of all and writes."""
+        # The file is the same for one process, DDP and FSDP: whole tensors, by name.
         options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
             "model": full_state.get_model_state_dict(self.model, options=options),
@@ -581,7 +582,7 @@ class TrainManager:
         if self.step == self.saved_step:
             return
         self.raise_if_diverged()
-        self.save("next.pt")
+        self.save("next.pt")  # complete before it takes the place of last.pt
         if self.rank == 0:
             last = Path(self.config.out_dir, "last.pt")
             if last.exists():
@@ -620,8 +621,8 @@ def init_distributed() -> None:
     if not dist.is_torchelastic_launched():
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # The store outlives the processes. Those that torchrun starts again must not find the addresses of the
-    # dead in it.
+    # The store outlives the processes. Those that torchrun starts in place of dead ones get a part of their
+    # own in it, or they would find the addresses of the dead.
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -699,7 +700,9 @@ def find_run(overrides: dict) -> tuple[TrainConfig, str | None]:
     out_dir = overrides.get("out_dir", TrainConfig.out_dir)
     resume = overrides.get("resume", TrainConfig.resume)
     begun = Path(out_dir, "last.pt").exists() or Path(out_dir, "prev.pt").exists()
-    if resume is True or (resume == "auto" and begun):
+    if resume is True and not begun:
+        raise ValueError(f"{out_dir} holds no last.pt to go on from; leave out --resume to begin a run")
+    if resume and begun:
         config, checkpoint = resumed_run(overrides, out_dir)
     elif begun:
         go_on = shlex.join(["python", "train.py", f"--out_dir={out_dir}", "--resume=True"])
@@ -893,7 +896,7 @@ def run_training(manager: TrainManager, overrides: dict) -> None:
         logger.say(f"stopped after update {manager.step}; go on with:  {command}")
     else:
         best = Path(config.out_dir, "best.pt")
-        text = manager.sample(400)
+        text = manager.sample(400)  # all processes take part, under FSDP
         logger.say(
             f"\n{text}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
             f"best val_loss {manager.best_val_loss:.4f} nats, after update {manager.best_step:,}\n"
