@@ -1227,7 +1227,7 @@ def test_an_evaluation_that_fails_loses_no_update_and_is_made_again(folder, monk
 
 
 def test_resuming_takes_the_runs_keys_or_new_ones_but_refuses_those_that_shape_it(folder):
-    with pytest.raises(ValueError, match="out holds no last.pt to go on from; leave out --resume to begin"):
+    with pytest.raises(ValueError, match=r"out holds no last\.pt to go on from; leave out --resume"):
         train.main([*SMALL, "--resume=True"])
     train.main([*SMALL, "--max_steps=2", "--resume=auto"])  # begins, for there is nothing yet
     for arg in ("--d_model=32", "--batch_size=4", "--seed=1", "--init_from=llama"):

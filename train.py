@@ -340,12 +340,11 @@ class TrainManager:
         dtype = self.config.dtype
         if dtype == "auto" and state is not None:
             dtype = state["dtype"]  # what the run had so far
-        self.device, self.dtype = prepare.pick_device(self.config.device, dtype)
-        if self.world_size > 1:
-            self.dtype = broadcast(self.dtype)  # "auto" measures a CPU, which may differ between processes
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # each its own GPU
-                torch.cuda.set_device(self.device)
+        device = self.config.device
+        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process on its own GPU
+        self.device, self.dtype = prepare.pick_device(device, dtype)
+        self.dtype = broadcast(self.dtype)  # a CPU's is measured, and processes might measure differently
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.compile = self.config.compile
         if self.compile == "auto":
