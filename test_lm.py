@@ -1835,6 +1835,7 @@ def test_a_second_interrupt_stops_at_once(folder):
 def test_a_closed_terminal_saves_first(folder):
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         words = [
             sys.executable,
             str(ROOT / "train.py"),

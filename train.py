@@ -856,10 +856,11 @@ def stop_on_signals(manager: TrainManager) -> None:
         manager.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    # Windows has no SIGHUP, and under nohup it is ignored and shall stay so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)
 
 
 def resume_command(manager: TrainManager, overrides: dict) -> str:
