@@ -8,12 +8,13 @@ torchrun --standalone --nproc_per_node=8 train.py --resume=auto    # the same ru
 """
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
 import os
-import re
-import secrets
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -24,15 +25,15 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import state_dict as states
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as full_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 import lm
 import prepare
 
 
+# ----------------------------------------------------------------------------------------------------- Config
 @dataclasses.dataclass
 class TrainConfig:
     """Every key of `python train.py --key=value`; the comments are its --help."""
@@ -40,11 +41,10 @@ class TrainConfig:
     data_dir: str = "data"  # folder with train.bin, val.bin and meta.json, made by prepare.py
     out_dir: str = "out"  # folder for last.pt, best.pt and metrics.jsonl
     resume: Literal["auto", True, False] = False  # go on from out_dir/last.pt; auto: if it is there
-    dry_run: bool = False  # only say what the run would take: parameters, arithmetic, memory
     init_from: str | None = None  # folder of a Hugging Face Llama to fine-tune; None: a fresh model
-    # The model, as in lm.ModelConfig; with init_from the folder's, of which context_length may be lower
+    # The model, as in lm.ModelConfig. With init_from it is the folder's.
     vocab_size: int | None = None  # None: the tokenizer's
-    context_length: int = 128  # tokens of a window: how far the model sees; with init_from at most 512
+    context_length: int = 128  # tokens of a training window; with init_from: the model's, at most 512
     d_model: int = 128  # width of the residual stream
     num_layers: int = 4  # transformer blocks
     num_heads: int = 4  # attention heads of each block
@@ -67,182 +67,166 @@ class TrainConfig:
     seed: int = 0  # of the weights, the order of the data and dropout
     # What is reported and saved, and how often
     log_interval: int = 50  # updates between lines
-    eval_interval: int = 500  # updates between evaluations
+    eval_interval: int = 500  # updates between evaluations; each saves a checkpoint before it begins
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
     checkpoint_interval: int = 500  # updates between checkpoints
     wandb_project: str | None = None  # log to this project of Weights & Biases too
-    wandb_id: str | None = None  # its run there; None: a new one, with which resuming goes on
-    # The machine, from here to the end: not part of the run, so that it can be resumed on another
+    # The machine: these are not part of the run, so that it can be resumed on another machine
     micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
     fsdp: bool = False  # under torchrun: each process holds a share of the weights, not all of them
-    timeout: int = 600  # under torchrun: seconds after which a process that is silent counts as dead
 
     def __post_init__(self):
+        """Fill in what depends on other keys; raise ValueError for values that cannot be."""
         if self.max_lr is None:
             self.max_lr = 1e-4 if self.init_from else 3e-3
         if self.warmup_steps is None:
             self.warmup_steps = self.max_steps // 20
-        counts = ("max_steps", "batch_size", "log_interval", "eval_interval", "checkpoint_interval")
-        limits = dict.fromkeys((*counts, "micro_batch_size", "timeout"), (1, 2**63))
-        limits |= dict.fromkeys(("warmup_steps", "eval_tokens", "seed"), (0, 2**63))
-        limits |= {"beta1": (0, 1), "beta2": (0, 1), "weight_decay": (0, math.inf), "min_lr": (0, math.inf)}
-        for name, (low, high) in limits.items():
-            if (value := getattr(self, name)) is not None and not low <= value < high:
-                raise ValueError(f"--{name}={value}: must be at least {low} and below {high}")
+        intervals = ("log_interval", "eval_interval", "checkpoint_interval")
+        for name in ("max_steps", "batch_size", "micro_batch_size", *intervals):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**63:
+                raise ValueError(f"--{name}={value}: must be at least 1 and below 2**63")
+        for name in ("warmup_steps", "eval_tokens", "seed", "weight_decay", "min_lr"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 0 and below 2**63")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")
         for name in ("max_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0 and finite")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr={self.min_lr}: must be at most max_lr, {self.max_lr}")
 
-    def model(self) -> lm.ModelConfig:
-        return lm.ModelConfig(**{key: getattr(self, key) for key in SHAPE_KEYS})
+    def model_config(self) -> lm.ModelConfig:
+        """The shape of a fresh model. Raises ValueError for a shape that cannot be."""
+        return lm.ModelConfig(**{key: getattr(self, key) for key in MODEL_KEYS})
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether to evaluate after update `step`. A run begins, at 0, and ends with an evaluation."""
+        return step % self.eval_interval == 0 or step >= self.max_steps
+
+    def resolve_shape(self, meta: dict) -> None:
+        """Fill in the keys of the model that are None, for the data that meta.json describes."""
+        if self.vocab_size is None:
+            self.vocab_size = meta["vocab_size"]
+        if self.vocab_size < meta["vocab_size"]:
+            raise ValueError(
+                f"--vocab_size={self.vocab_size}: the tokenizer has {meta['vocab_size']} tokens; "
+                "the model needs at least as many"
+            )
+        model_config = self.model_config()
+        self.num_kv_heads = model_config.num_kv_heads
+        self.d_ff = model_config.d_ff
 
 
-# Of a resumed run: what is taken from the command line alone, and what must stay as it was.
 KEYS = [field.name for field in dataclasses.fields(TrainConfig)]
-MACHINE_KEYS = {"out_dir", "resume", "dry_run", *KEYS[KEYS.index("micro_batch_size") :]}
-SHAPE_KEYS = {field.name for field in dataclasses.fields(lm.ModelConfig)}
-FIXED_KEYS = SHAPE_KEYS | {"batch_size", "seed", "init_from"}
+MODEL_KEYS = [field.name for field in dataclasses.fields(lm.ModelConfig) if field.name in KEYS]
+# A resumed run takes the keys of the machine from the command line alone. It keeps the fixed ones as they
+# were. All others are those of the checkpoint, unless the command line has them.
+MACHINE_KEYS = ["out_dir", "resume", "micro_batch_size", "device", "dtype", "compile", "fsdp"]
+FIXED_KEYS = [*MODEL_KEYS, "init_from", "batch_size", "seed"]
 
 
-# ------------------------------------------------------------------------------------------- What a run takes
-def on_meta(config: lm.ModelConfig) -> lm.TransformerLM:
-    """The model on torch's meta device, where tensors take no memory."""
-    with torch.device("meta"):
-        return lm.TransformerLM(config)
-
-
-def count_parameters(config: lm.ModelConfig) -> int:
-    return sum(p.numel() for p in on_meta(config).parameters())
-
-
-def flops_per_token(c: TrainConfig) -> int:
-    """Forward and backward: 6 a weight in products, 12·L·D·T for attention (PaLM, 2022, appendix B)."""
-    looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
-    return 6 * (count_parameters(c.model()) - looked_up) + 12 * c.num_layers * c.d_model * c.context_length
-
-
-def saved_bytes(c: TrainConfig, rows: int) -> int:
-    """What `rows` windows keep from the forward pass for the backward one, by a pass that takes no memory."""
-    saved, dtype = {}, getattr(torch, c.dtype)
-    model = on_meta(c.model())
-    model.to(dtype if c.fsdp else torch.float32)
-    autocast = torch.autocast("cpu", dtype, enabled=not c.fsdp and dtype != torch.float32)
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.setdefault(tensor.untyped_storage()._cdata, tensor), lambda tensor: tensor
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True), autocast, hooks:
-        model.to_empty(device="cpu")
-        tokens = torch.zeros(rows, c.context_length, dtype=torch.int64)
-        model.loss(tokens, tokens)
-    for tensor in (*model.parameters(), *model.buffers()):
-        saved.pop(tensor.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-
-
-def memory(c: TrainConfig, world_size: int) -> dict[str, int]:
-    """Bytes that each process will need, by what for; activations are those of an eager run."""
-    total = count_parameters(c.model())
-    held = total // (world_size if c.fsdp else 1)
-    rows = min(c.micro_batch_size or c.batch_size, c.batch_size // world_size)
-    need = {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held}
-    need["activations"] = saved_bytes(c, rows)
-    if c.fsdp:  # the block at work and the next, all that is outside of blocks, a block's float32 gradients
-        block = sum(p.numel() for p in on_meta(c.model()).layers[0].parameters())
-        outside = total - c.num_layers * block
-        need["gathered"] = (2 * block + outside) * getattr(torch, c.dtype).itemsize + 4 * block
-    return need
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
-
-
-def describe(c: TrainConfig, meta: dict | None, world_size: int) -> None:
-    """Print what is about to run, and what it takes; without data where meta is None."""
-    size, tokens = count_parameters(c.model()), c.batch_size * c.context_length
-    print(f"model    {size:,} parameters: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads")
-    if meta:
-        epochs = c.max_steps * tokens / meta["train_tokens"]
-        data = f"{meta['train_tokens']:,} tokens of {meta['source']} (sha256 {meta['sha256'][:12]})"
-        print(f"data     {data}: {epochs:.2f} epochs")
-    batch = f"{c.batch_size} x {c.context_length} = {tokens:,} tokens"
-    print(f"run      {c.max_steps:,} updates of {batch}, {flops_per_token(c):,} FLOP a token")
-    ways = f", {world_size} processes, {'FSDP' if c.fsdp else 'DDP'}" if world_size > 1 else ""
-    print(f"machine  {c.device}, {c.dtype}, {'compiled' if c.compile else 'eager'}{ways}")
-    if c.dry_run:
-        need = memory(c, world_size)
-        parts = " + ".join(f"{name} {gigabytes(size)}" for name, size in need.items())
-        print(f"memory   {gigabytes(sum(need.values()))} GB in each process: {parts}")
-
-
-# ---------------------------------------------------------------------------------------------------- Logging
-class Silent:
-    """Stands in for a logger where none is wanted, so that nobody asks: takes any call, does nothing."""
-
-    def __getattr__(self, name: str):
-        return lambda *args, **kwargs: None
-
-
+# ----------------------------------------------------------------------------------------------------- Logger
 class Logger:
-    """Reports a run: to the console, to out_dir/metrics.jsonl, and to Weights & Biases."""
+    """Reports a run: on the console, in out_dir/metrics.jsonl and, if asked, to Weights & Biases."""
 
-    def __init__(self, config: TrainConfig, step: int):
-        """Go on after update `step`: what metrics.jsonl holds of later ones is cut off."""
-        self.config, self.start, self.first_step = config, time.perf_counter(), step
-        self.flops, self.width = flops_per_token(config), len(str(config.max_steps))
-        self.live = sys.stdout.isatty()  # rewrite the line in place; in a log, one line an interval
-        self.path = Path(config.out_dir, "metrics.jsonl")
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        lines = self.path.read_bytes().splitlines(keepends=True) if step else []
-        whole = [line for line in lines if line.endswith(b"}\n")]  # a kill may have cut the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        self.file.truncate(len(b"".join(kept)))  # steps never fall: what is kept comes first
-        self.wandb, keys = Silent(), dataclasses.asdict(config)
+    def __init__(self, config: TrainConfig, step: int, wandb_id: str | None = None):
+        """Go on after update `step`. wandb_id: the run at Weights & Biases to go on with; None: a new one."""
+        self.config = config
+        self.first_step = step
+        self.start_time = time.perf_counter()
+        self.wandb = None
+        self.wandb_id = wandb_id
         if config.wandb_project:
             import wandb
 
             self.wandb = wandb.init(
-                project=config.wandb_project, id=config.wandb_id, resume="allow", config=keys
+                project=config.wandb_project,
+                id=wandb_id,
+                resume="allow",
+                config=dataclasses.asdict(config),
             )
-        if not step:
-            self.record(0, config=keys)
+            self.wandb_id = self.wandb.id
+        self.path = Path(config.out_dir, "metrics.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Line by line, so that a killed run has written all that it has reported.
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.cut_metrics(step)
+        if step == 0:
+            self.file.write(json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n")
 
-    def record(self, step: int, **values) -> None:
-        line = json.dumps({"step": step, **values})
-        # What is not finite, as the gradient of an update that float16 skips, is null: JSON has no NaN.
-        self.file.write(json.dumps(json.loads(line, parse_constant=lambda word: None)) + "\n")
-        self.wandb.log(values, step=step)
+    def cut_metrics(self, step: int) -> None:
+        """Cut off the lines of metrics.jsonl that a run which goes on after update `step` will write again.
+
+        These are all later lines, and the evaluation at `step`, if one is due. A fresh run keeps nothing.
+        """
+        size = 0
+        if step > 0:
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):  # the process was killed while it wrote this line
+                    break
+                values = json.loads(line)
+                if values["step"] > step:
+                    break
+                if values["step"] == step and "val_loss" in values and self.config.evaluation_is_due(step):
+                    break
+                size += len(line)
+        self.file.truncate(size)
+
+    def record(self, step: int, values: dict) -> None:
+        """Keep what was measured after update `step`."""
+        line = {"step": step}
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                value = None  # JSON has no NaN and no infinity
+            line[key] = value
+        self.file.write(json.dumps(line) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
 
     def say(self, text: str, passing: bool = False) -> None:
-        """Print a line, on a terminal in place of one that was `passing`."""
-        print(f"\r\033[K{text}" if self.live else text, end="" if self.live and passing else "\n", flush=True)
+        """Print a line. On a terminal, the next line takes the place of a passing one."""
+        end = "\n"
+        if sys.stdout.isatty():
+            # A wider line takes two rows, of which only one could be cleared.
+            fits = len(text) < shutil.get_terminal_size().columns
+            if passing and fits:
+                end = ""
+            text = f"\r\033[K{text}"  # go to the start of the row and clear it
+        try:
+            print(text, end=end, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:  # this one says that the terminal was closed: go on, to save
+                raise
 
     def progress(self, step: int, values: dict) -> None:
-        self.record(step, **values)
-        c, speed = self.config, values["tokens_per_second"]
-        elapsed = time.perf_counter() - self.start
-        left = int(elapsed / (step - self.first_step) * (c.max_steps - step))
-        skipped = f"  skipped {values['skipped']}" if values.get("skipped") else ""
-        line = (
-            f"step {step:{self.width}}/{c.max_steps}  loss {values['train_loss']:.3f}"
-            f"  rate {values['lr']:.2e}  gradient {values['grad_norm']:.2f}{skipped}"
-            f"  {speed:,.0f} tokens/s  {speed * self.flops / 1e12:.2f} TFLOP/s"
-            f"  {left // 60}:{left % 60:02} left"
-        )
-        self.say(line, passing=True)
+        """Report the updates of one interval."""
+        self.record(step, values)
+        max_steps = self.config.max_steps
+        seconds = time.perf_counter() - self.start_time
+        left = int(seconds / (step - self.first_step) * (max_steps - step))
+        text = f"step {step}/{max_steps}  train_loss {values['train_loss']:.3f}  lr {values['lr']:.2e}"
+        text += f"  grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+        if values.get("skipped"):  # in float16
+            text += f"  skipped {values['skipped']}"
+        self.say(f"{text}  {left // 60}:{left % 60:02} left", passing=True)
 
-    def evaluation(self, step: int, nats: float, bpb: float, text: str) -> None:
-        self.record(step, val_loss=nats, val_bpb=bpb)
-        self.say(f"step {step:{self.width}}  validation {nats:.4f} nats, {bpb:.4f} bits/byte  {text}")
+    def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str) -> None:
+        """Report an evaluation. text: what the model writes now."""
+        self.record(step, {"val_loss": val_loss, "val_bpb": val_bpb})
+        losses = f"val_loss {val_loss:.4f} nats  val_bpb {val_bpb:.4f} bits/byte"
+        self.say(f"step {step}/{self.config.max_steps}  {losses}  {text!r}")
 
     def close(self) -> None:
+        """End the report."""
         self.file.close()
-        self.wandb.finish()
+        if self.wandb is not None:
+            self.wandb.finish()
         if importlib.util.find_spec("matplotlib"):
             self.draw()
 
@@ -250,233 +234,270 @@ class Logger:
         """Draw the losses in metrics.jsonl to loss.png."""
         from matplotlib.figure import Figure
 
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.subplots()
-        for key, style, label in (("train_loss", "-", "training"), ("val_loss", "o-", "validation")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axes.plot(*np.array(points, float).reshape(-1, 2).T, style, label=label, markersize=4)
+        for key, style in (("train_loss", "-"), ("val_loss", "o-")):
+            measured = [line for line in lines if key in line]
+            steps = [line["step"] for line in measured]
+            losses = [math.nan if line[key] is None else line[key] for line in measured]
+            axes.plot(steps, losses, style, label=key, markersize=4)
         axes.set(xlabel="update", ylabel="loss, nats per token")
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(self.path.with_name("loss.png"), dpi=110)
 
 
-# --------------------------------------------------------------------------------------------- Many processes
-# torchrun starts this file once for each device. With one process nothing here does anything: skip it.
+class NullLogger:
+    """Stands in for Logger in every process but the first: its methods do nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def progress(self, step: int, values: dict) -> None:
+        pass
+
+    def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
-def join_processes(timeout: int) -> None:
-    """Join the processes that torchrun started beside this one, if it did. Only the first then prints."""
-    if not dist.is_torchelastic_launched():
-        return
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
-        # This store outlives its processes: those that start again must not find the addresses of the dead.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    backend, limit = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
-
-
-def from_first(work) -> tuple[TrainConfig, dict, dict | None]:
-    """The (config, meta, state) of work(), done by the first process alone, on all; weights stay with it.
-
-    Where work fails, the first process raises and the others end.
-    """
-    if not dist.is_initialized():
-        return work()
-    found, light = None, [None]
-    try:
-        if dist.get_rank() == 0:
-            config, meta, state = found = work()
-            light = [(config, meta, state and state | {"model": {}, "optimizer": {}})]
-    finally:
-        dist.broadcast_object_list(light)
-    if light[0] is None:
-        sys.exit(2)
-    return found or light[0]
-
-
-def over_all(value: float, operation=dist.ReduceOp.SUM) -> float:
-    """The sum (or the maximum) of the processes' values."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: no GPU is waited for
-    dist.all_reduce(tensor, operation)
-    return tensor.item()
-
-
-def spread(loss: nn.Module, c: TrainConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Make loss, and what it does backward, one over all processes.
-
-    With DDP each process holds the whole model. With FSDP each holds a share of the weights, gradients and
-    optimizer state, a block's weights are gathered while it is their turn, and gradients are averaged after
-    each micro-step: a whole one would not fit.
-    """
-    if not c.fsdp:
-        options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
-        return nn.parallel.DistributedDataParallel(loss, **options)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in (*loss.model.layers, loss.model):
-        if c.compile and part is not loss.model:
-            part.compile()
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    for method in ("loss", "generate"):
-        register_fsdp_forward_method(loss.model, method)
-    return loss
-
-
-# --------------------------------------------------------------------------------------------------- Training
-class Loss(nn.Module):
-    """TransformerLM.loss as a forward, which is what DDP acts on."""
+# ----------------------------------------------------------------------------------------------- TrainManager
+class LossModule(nn.Module):
+    """TransformerLM.loss as a module's forward: torch.compile and DDP act on forward alone."""
 
     def __init__(self, model: lm.TransformerLM):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return self.model.loss(tokens, targets)
 
 
+def compile_works(device: torch.device) -> bool:
+    """Whether torch.compile works here: it needs a compiler, which does not come with torch."""
+
+    def add_one(x):
+        return x + 1
+
+    try:
+        torch.compile(add_one)(torch.zeros(1, device=device))
+        return True
+    except Exception as error:  # each backend fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"warning: torch.compile does not work here ({reason}); running eagerly", file=sys.stderr)
+        return False
+
+
 class TrainManager:
-    """One training run: the model and all that changes with it, from its first update to its last."""
+    """One training run: the model, its optimizer and its data, from the first update to the last."""
 
     def __init__(self, config: TrainConfig, meta: dict, state: dict | None = None):
-        """A fresh run, or the one that the checkpoint `state` holds."""
-        c, self.config, self.meta = config, config, meta
+        """Begin a run on the data that `meta` describes, or go on with the one in the checkpoint `state`."""
+        self.config = config
+        self.meta = meta
+        self.step = 0  # updates made so far
+        self.saved_step = 0  # updates made when last.pt was saved
+        self.best_val_loss = math.inf
+        self.best_step = 0  # where that was
+        self.wandb_id = None
+        self.stop_signal = 0  # the number of a signal that asks to stop
+        self.rank = 0  # number of this process
+        self.world_size = 1  # how many train together
+        if dist.is_initialized():
+            self.rank = dist.get_rank()
+            self.world_size = dist.get_world_size()
         self.tokenizer = prepare.load_tokenizer(meta["tokenizer"])
-        self.checkpoints = lm.CheckpointHandler(c.out_dir)
-        self.rank, self.world_size = 0, 1
-        if dist.is_initialized():
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if c.device.startswith("cuda") and self.world_size > 1:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            c.device = "cuda"  # the one just set
-        self.device, self.dtype = prepare.pick_device(c.device, c.dtype)
-        self.train_data, self.val_data = self.open_data("train"), self.open_data("val")
-        torch.manual_seed(c.seed)
-        if c.init_from and state is None:
-            self.model = lm.load_pretrained(c.init_from, context_length=c.context_length, dropout=c.dropout)
-        else:
-            self.model = lm.TransformerLM(c.model())
-        self.loss = Loss(self.model)
-        if not c.fsdp:
-            self.loss.to(self.device)
-            if c.compile:
-                self.loss.compile()
-        if dist.is_initialized():
-            self.loss = spread(self.loss, c, self.device, self.dtype)
-        self.params = list(self.model.parameters())
-        matrices = {"params": [p for p in self.params if p.ndim > 1]}
-        gains = {"params": [p for p in self.params if p.ndim == 1], "weight_decay": 0.0}  # do not decay
-        rate = torch.tensor(c.max_lr, device=self.device)  # a tensor: a compiled step then serves every rate
-        self.optimizer = lm.AdamW([matrices, gains], rate, (c.beta1, c.beta2), weight_decay=c.weight_decay)
-        self.compile_optimizer = c.compile and not c.fsdp
-        # float16 ends at 6e-8: gradients are scaled up for the backward pass. The others need none.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.step, self.best_val_loss, self.stop_signal = 0, math.inf, 0
-        self.skipped = torch.zeros((), device=self.device)  # updates whose gradient was not finite
+        self.checkpoints = lm.CheckpointHandler(config.out_dir)
+        self.train_data = self.open_data("train")
+        self.val_data = self.open_data("val")
+        self.choose_machine(state)
+        self.build_model(state)
+        self.build_optimizer()
         if state is not None:
             self.load(state)
+        if self.compile and not config.fsdp:  # after load, which makes a step of its own
+            self.optimizer.step = torch.compile(self.optimizer.step)
 
     def open_data(self, split: str) -> lm.MemmapTokenDataset:
-        c, path = self.config, Path(self.config.data_dir, f"{split}.bin")
-        data = lm.MemmapTokenDataset(path, c.context_length, self.meta["dtype"], c.vocab_size)
+        """Open train.bin or val.bin. Raises ValueError if it is not what meta.json says."""
+        path = Path(self.config.data_dir, f"{split}.bin")
+        data = lm.MemmapTokenDataset(
+            path, self.config.context_length, self.meta["dtype"], self.config.vocab_size
+        )
         if len(data.tokens) != self.meta[f"{split}_tokens"]:
-            stated = f"meta.json says {self.meta[f'{split}_tokens']:,} of type {self.meta['dtype']}"
-            raise ValueError(f"{path}: {len(data.tokens):,} tokens, but {stated}; prepare it again")
-        data.windows(np.arange(min(len(data), 4096)))  # a cheap look for ids out of range
+            raise ValueError(
+                f"{path}: {len(data.tokens):,} tokens, but meta.json says {self.meta[f'{split}_tokens']:,} "
+                f"of type {self.meta['dtype']}; prepare it again"
+            )
+        data.windows(np.arange(min(len(data), 4096)))  # a cheap look for tokens out of range
         return data
 
-    def load(self, state: dict) -> None:
-        """Go on from a checkpoint. Its weights are needed in the first process only, which deals them out."""
-        options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-        states.set_model_state_dict(self.model, state["model"], options=options)
-        groups = self.optimizer.param_groups  # kept, with the rates, betas and decay of this command line
-        states.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
-        self.optimizer.param_groups = groups
-        for param_state in self.optimizer.state.values():
-            for name, tensor in param_state.items():  # a copy: these lie in the checkpoint, which is mapped
-                param_state[name] = tensor.to(self.device, copy=True)
-        if state["scaler"]:  # empty where the run was not in float16
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_val_loss = state["step"], state["best_val_loss"]
+    def choose_machine(self, state: dict | None) -> None:
+        """Decide what device, dtype and compile are here. The config keeps them as they were asked for."""
+        dtype = self.config.dtype
+        if dtype == "auto" and state is not None:
+            dtype = state["dtype"]  # what the run had so far
+        device = self.config.device
+        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process on its own GPU
+        self.device, self.dtype = prepare.pick_device(device, dtype)
+        self.dtype = broadcast(self.dtype)  # a CPU's is measured, and processes might measure differently
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self.compile = self.config.compile
+        if self.compile == "auto":
+            self.compile = self.device.type == "cuda" and compile_works(self.device)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        cuda = self.device.type == "cuda"  # from pinned memory, the next batch is copied during this update
-        return [(t.pin_memory() if cuda else t).to(self.device, non_blocking=cuda) for t in tensors]
+    def build_model(self, state: dict | None) -> None:
+        """Make the model, and the module that computes its loss."""
+        c = self.config
+        torch.manual_seed(c.seed)
+        if state is not None:
+            self.model = lm.TransformerLM(lm.ModelConfig(**state["model_config"]))
+        elif c.init_from:
+            self.model = lm.load_pretrained(c.init_from, dropout=c.dropout)
+        else:
+            self.model = lm.TransformerLM(c.model_config())
+        self.compute_loss = LossModule(self.model)
+        if not c.fsdp:  # with FSDP the whole model may not fit on the device
+            self.compute_loss.to(self.device)
+            if self.compile:
+                self.compute_loss.compile()
+        if dist.is_initialized():
+            self.compute_loss = parallelize(self.compute_loss, self.device, self.dtype, c.fsdp, self.compile)
 
-    def rate(self) -> float:
+    def build_optimizer(self) -> None:
+        """Make the optimizer, and the scaler that float16 needs."""
+        c = self.config
+        self.params = list(self.model.parameters())
+        matrices = [param for param in self.params if param.ndim > 1]
+        gains = [param for param in self.params if param.ndim == 1]  # should be near 1: no decay towards 0
+        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+        lr = torch.tensor(c.max_lr, device=self.device)  # a tensor: one compiled step serves every value
+        self.optimizer = lm.AdamW(groups, lr, (c.beta1, c.beta2), weight_decay=c.weight_decay)
+        # float16 has no numbers below 6e-8, and gradients are small: the loss is scaled up for the backward
+        # pass. The other dtypes need no scaling.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # Updates whose gradient was not finite. It stays on the device, so that no update waits for it.
+        self.skipped = torch.zeros((), device=self.device)
+
+    # ----------------------------------------------------------------------------------------------- Training
+
+    def train(self, logger: Logger | NullLogger) -> int:
+        """Train to max_steps, or until a signal asks to stop. Return the number of that signal, or 0."""
+        c = self.config
+        loss_sum = torch.zeros((), device=self.device)  # over the updates since the last line
+        num_losses = 0
+        self.restart_clock()
+        while True:
+            # Evaluate, the first time before the first update. An evaluation takes long: save before it.
+            if c.evaluation_is_due(self.step):
+                self.save_last()
+                self.validate(logger)
+                self.restart_clock()
+            if self.step >= c.max_steps:
+                return 0
+
+            # Make one update. Its loss stays on the device: to read it here would make each update wait.
+            batch_loss, grad_norm = self.update()
+            loss_sum += batch_loss
+            num_losses += 1
+
+            # Log the mean loss since the last line: that of a single batch is too noisy to show a trend.
+            if self.step % c.log_interval == 0 or self.step == c.max_steps:
+                self.raise_if_diverged()
+                values = {
+                    "train_loss": all_reduce(loss_sum.item() / num_losses) / self.world_size,
+                    "lr": self.lr(),
+                    "grad_norm": grad_norm.item(),
+                    "tokens_per_second": self.tokens_per_second(),
+                }
+                if self.scaler.is_enabled():
+                    values["skipped"] = int(self.skipped)
+                logger.progress(self.step, values)
+                loss_sum.zero_()
+                num_losses = 0
+                self.restart_clock()
+
+            # Save. All processes must stop after the same update, so the signal of one is that of all.
+            stop_signal = int(all_reduce(self.stop_signal, dist.ReduceOp.MAX))
+            if self.step % c.checkpoint_interval == 0 or stop_signal:
+                self.save_last()
+                self.restart_clock()
+            if stop_signal:
+                return stop_signal
+
+    def restart_clock(self) -> None:
+        """Count time and updates from here. Called after evaluations and checkpoints: updates alone count."""
+        self.clock_time = time.perf_counter()
+        self.clock_step = self.step
+
+    def tokens_per_second(self) -> float:
+        """The speed since the clock was restarted. All work of the device must be done."""
+        updates = self.step - self.clock_step
+        tokens = updates * self.config.batch_size * self.config.context_length
+        return tokens / (time.perf_counter() - self.clock_time)
+
+    def lr(self) -> float:
+        """The learning rate of update number self.step."""
         c = self.config
         return lm.lr_cosine_schedule(self.step, c.max_lr, c.min_lr, c.warmup_steps, c.max_steps)
 
-    # --------------------------------------------------------------------------------------------- One update
+    def to_device(self, tokens: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tokens.to(self.device)
+        # From pinned memory the copy runs while the GPU still computes the update before.
+        return tokens.pin_memory().to(self.device, non_blocking=True)
 
-    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make update self.step + 1; return its loss and the norm of its gradient, 0-d tensors."""
+    def update(self) -> tuple[Tensor, Tensor]:
+        """Make one update. Return the loss of its batch and the norm of its gradient, 0-d tensors."""
         c = self.config
+        x, y = self.train_data.batch(self.step, c.batch_size, c.seed, self.rank, self.world_size)
+        x = self.to_device(x)
+        y = self.to_device(y)
         self.step += 1
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(self.rate())
-        batch = self.train_data.batch(self.step - 1, c.batch_size, c.seed, self.rank, self.world_size)
-        x, y = self.to_device(*batch)
-        rows, total = c.micro_batch_size or len(x), torch.zeros((), device=self.device)
-        for i, (xi, yi) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
-            if c.dropout:
-                key = np.random.SeedSequence((c.seed, self.step, i, self.rank))
-                torch.manual_seed(key.generate_state(1, np.uint64).item())
-            if self.world_size > 1:  # DDP: average over the processes once, in the last backward pass
-                self.loss.require_backward_grad_sync = (i + 1) * rows >= len(x)
+            group["lr"].fill_(self.lr())
+
+        # The gradients of the micro-batches add up to that of the batch.
+        micro_batch_size = c.micro_batch_size or len(x)
+        batch_loss = torch.zeros((), device=self.device)
+        for start in range(0, len(x), micro_batch_size):
+            end = min(start + micro_batch_size, len(x))
+            self.seed_dropout(start)
+            if self.world_size > 1:  # DDP averages over the processes once, in the last backward pass
+                self.compute_loss.require_backward_grad_sync = end == len(x)
             with self.autocast:
-                loss = self.loss(xi, yi) * (len(xi) / len(x))
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+                micro_loss = self.compute_loss(x[start:end], y[start:end])
+            micro_loss = micro_loss * ((end - start) / len(x))  # so that the sum is the mean of all windows
+            self.scaler.scale(micro_loss).backward()
+            batch_loss += micro_loss.detach()
+
+        # Clip the gradient, then step. With float16 the scaler skips a step whose gradient is not finite.
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip)
-        norm = norm.full_tensor() if c.fsdp else norm
-        self.skipped += ~norm.isfinite()
-        self.scaler.step(self.optimizer)  # with float16, skips the update if a gradient is not finite
+        grad_norm = nn.utils.clip_grad_norm_(self.params, c.grad_clip)
+        if c.fsdp:
+            grad_norm = grad_norm.full_tensor()  # this process held a share of it
+        self.skipped += ~grad_norm.isfinite()
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.compile_optimizer:  # only now, when its state exists, is its step one graph
-            self.compile_optimizer, self.optimizer.step = False, torch.compile(self.optimizer.step)
-        return total, norm
+        return batch_loss, grad_norm
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Validation loss in nats per token and in bits per byte, over the same windows each time."""
-        c, data = self.config, self.val_data
-        used = min(len(data), max(1, c.eval_tokens // c.context_length)) if c.eval_tokens else len(data)
-        indices = np.arange(used) * len(data) // used
-        rows = 4 * (c.micro_batch_size or c.batch_size // self.world_size)  # without gradients, more fit
-        total = 0.0
-        self.model.eval()
-        for i in range(0, used, rows * self.world_size):
-            mine = indices[i + self.rank * rows :][:rows]
-            x, y = self.to_device(*data.windows(mine if len(mine) else indices[:1]))  # FSDP needs all to join
-            with self.autocast:
-                total += self.model.loss(x, y).item() * len(mine)
-        self.model.train()
-        nats = over_all(total) / used
-        return nats, nats / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
+    def seed_dropout(self, start: int) -> None:
+        """Seed what is random in one micro-batch, so that a resumed run drops what the whole run would."""
+        if self.config.dropout > 0:
+            key = np.random.SeedSequence((self.config.seed, self.step, start, self.rank))
+            torch.manual_seed(key.generate_state(1, np.uint64).item())
 
-    def sample(self, max_new_tokens: int) -> str:
-        """Text from the model as it is, drawn from the same seed each time."""
-        ids = [*self.tokenizer.start_ids, *self.tokenizer.encode(b"\n").tolist()]
-        prompt = torch.tensor([ids], device=self.device)
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        self.model.eval()
-        made = self.model.generate(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
-        self.model.train()
-        return "".join(self.tokenizer.decode(made[0, len(ids) :].tolist()))
-
-    def check(self) -> None:
-        """Raise ValueError once a gradient was not finite. It waits for the device: not for each update."""
-        diverged = self.scaler.get_scale() < 2**-20 if self.scaler.is_enabled() else self.skipped > 0
+    def raise_if_diverged(self) -> None:
+        """Raise ValueError if a gradient was not finite. This waits for the device."""
+        diverged = self.skipped.item() > 0
+        if self.scaler.is_enabled():  # it skips such updates and lowers the scale; this low it cannot help
+            diverged = self.scaler.get_scale() < 2**-20
         if diverged:
             raise ValueError(
                 f"loss or gradient not finite at update {self.step} or shortly before; {self.config.out_dir} "
@@ -484,239 +505,423 @@ class TrainManager:
                 f"{self.config.warmup_steps}, or --dtype=float32"
             )
 
+    # --------------------------------------------------------------------------------------------- Evaluation
+
+    def validate(self, logger: Logger | NullLogger) -> None:
+        """Evaluate, report, and keep the model as best.pt if it is the best so far."""
+        val_loss, val_bpb = self.evaluate()
+        if val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
+            self.best_step = self.step
+            self.save("best.pt", with_optimizer=False)
+        logger.evaluation(self.step, val_loss, val_bpb, self.sample(60))
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """The validation loss in nats per token and in bits per byte, over the same windows each time."""
+        c = self.config
+        count = len(self.val_data)
+        if c.eval_tokens > 0:
+            count = min(count, max(1, c.eval_tokens // c.context_length))
+        indices = np.arange(count) * len(self.val_data) // count  # spread over the file
+        # The processes take rows in turn. Without gradients, more rows fit in memory than in training.
+        rows = 4 * (c.micro_batch_size or c.batch_size // self.world_size)
+        total = 0.0
+        self.model.eval()
+        for start in range(0, count, rows * self.world_size):
+            mine = indices[start + self.rank * rows :][:rows]
+            # FSDP needs every process to take part: one that has no rows left computes any, and adds 0.
+            x, y = self.val_data.windows(mine if len(mine) > 0 else indices[:1])
+            with self.autocast:
+                mean_loss = self.model.loss(self.to_device(x), self.to_device(y)).item()
+            total += mean_loss * len(mine)
+        self.model.train()
+        val_loss = all_reduce(total) / count
+        tokens_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"]
+        return val_loss, val_loss / math.log(2) * tokens_per_byte
+
+    def sample(self, max_new_tokens: int) -> str:
+        """Text that the model writes now, drawn from the same seed each time."""
+        start = [*self.tokenizer.start_ids, *self.tokenizer.encode(b"\n").tolist()]
+        prompt = torch.tensor([start], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        self.model.eval()
+        tokens = self.model.generate(prompt, max_new_tokens, temperature=0.8, top_p=0.95, generator=generator)
+        self.model.train()
+        return "".join(self.tokenizer.decode(tokens[0, len(start) :].tolist()))
+
+    # -------------------------------------------------------------------------------------------- Checkpoints
+
     def save(self, name: str, with_optimizer: bool = True) -> None:
-        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        """Save the run to out_dir/name. Under FSDP the first process gathers the shares of all and writes."""
+        # The file is the same for one process, DDP and FSDP: whole tensors, by name.
+        options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
-            "model": states.get_model_state_dict(self.model, options=options),
+            "model": full_state.get_model_state_dict(self.model, options=options),
+            "model_config": dataclasses.asdict(self.model.config),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "model_config": dataclasses.asdict(self.model.config),
+            "dtype": self.dtype_name,
             "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
             "tokenizer": self.meta["tokenizer"],
+            "data": self.meta["sha256"],
+            "wandb_id": self.wandb_id,
         }
         if with_optimizer:
-            state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
+            state["optimizer"] = full_state.get_optimizer_state_dict(
+                self.model, self.optimizer, options=options
+            )
         if self.rank == 0:
             self.checkpoints.save(name, state)
 
     def save_last(self) -> None:
-        """Save last.pt; the one before stays as prev.pt, should last.pt ever be found damaged."""
-        self.save("next.pt")
-        last = self.checkpoints.folder / "last.pt"
+        """Save last.pt, unless it holds this update already. The one before stays as prev.pt, in reserve."""
+        if self.step == self.saved_step:
+            return
+        self.raise_if_diverged()
+        self.save("next.pt")  # complete before it takes the place of last.pt
         if self.rank == 0:
+            last = Path(self.config.out_dir, "last.pt")
             if last.exists():
                 os.replace(last, last.with_name("prev.pt"))
             os.replace(last.with_name("next.pt"), last)
+        self.saved_step = self.step
 
-    def validate(self, logger: Logger) -> None:
-        nats, bpb = self.evaluate()
-        if nats < self.best_val_loss:
-            self.best_val_loss = nats
-            self.save("best.pt", with_optimizer=False)
-        logger.evaluation(self.step, nats, bpb, repr(self.sample(60)))
+    def load(self, state: dict) -> None:
+        """Go on from a checkpoint. Each process takes what it holds: all of it, or its share under FSDP."""
+        options = full_state.StateDictOptions(full_state_dict=True)
+        full_state.set_model_state_dict(self.model, state["model"], options=options)
+        # The groups of the checkpoint hold the lr, betas and weight decay of its time; keep those of now.
+        groups = self.optimizer.param_groups
+        full_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        self.optimizer.param_groups = groups
+        # Copy step, exp_avg and exp_avg_sq to the device of their parameter: they lie in the mapped file.
+        for param, param_state in self.optimizer.state.items():
+            for key, tensor in param_state.items():
+                param_state[key] = tensor.to(param.device, copy=True)
+        if state["scaler"]:  # empty if the run was not in float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.saved_step = state["step"]
+        self.best_val_loss = state["best_val_loss"]
+        self.best_step = state["best_step"]
+        self.wandb_id = state["wandb_id"]
 
-    def train(self, logger: Logger) -> int:
-        """Make the updates that are left, up to max_steps or to a signal that asks to stop → that, or 0."""
-        c = self.config
-        mark, marked, stop = time.perf_counter(), self.step, 0
-        while self.step < c.max_steps and not stop:
-            loss, norm = self.update()
-            stop = int(over_all(self.stop_signal, dist.ReduceOp.MAX))  # all processes after the same update
-            log, validate, save = (
-                self.step % interval == 0 or self.step == c.max_steps
-                for interval in (c.log_interval, c.eval_interval, c.checkpoint_interval)
-            )
-            if log or validate or save or stop:
-                self.check()
-            if log:
-                tokens = (self.step - marked) * c.batch_size * c.context_length
-                values = {
-                    "train_loss": over_all(loss.item()) / self.world_size,
-                    "lr": self.rate(),
-                    "grad_norm": norm.item(),
-                    "tokens_per_second": tokens / (time.perf_counter() - mark),
-                }
-                if self.scaler.is_enabled():
-                    values["skipped"] = int(self.skipped)
-                logger.progress(self.step, values)
-            if validate:
-                self.validate(logger)
-            if save or stop:
-                self.save_last()
-            if log or validate or save:  # only updates are timed
-                mark, marked = time.perf_counter(), self.step
-        return stop if self.step < c.max_steps else 0
+
+# --------------------------------------------------------------------------------------------- Many processes
+# torchrun starts this file once for each device. With one process nothing here does anything: skip it.
+TIMEOUT = timedelta(minutes=10)  # a process that is silent for so long counts as dead
+
+
+def init_distributed() -> None:
+    """Join the processes that torchrun started beside this one, if it did."""
+    if not dist.is_torchelastic_launched():
+        return
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # The store outlives the processes. Those that torchrun starts in place of dead ones get a part of their
+    # own in it, or they would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def broadcast(value):
+    """Return the first process's value in all of them."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def on_first_process(work, *args) -> tuple:
+    """Call work(*args) in the first process alone, and return its result in all of them.
+
+    If it fails, the first process raises the error and the others end.
+    """
+    result = None
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            result = work(*args)
+    finally:
+        result = broadcast(result)
+    if result is None:
+        sys.exit(2)
+    return result
+
+
+def all_reduce(value: float, operation=dist.ReduceOp.SUM) -> float:
+    """The sum of the values of all processes, or what else `operation` makes of them."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU, so that no GPU is waited for
+    dist.all_reduce(tensor, operation)
+    return tensor.item()
+
+
+def parallelize(
+    loss_module: LossModule, device: torch.device, dtype: torch.dtype, fsdp: bool, compile_blocks: bool
+) -> nn.Module:
+    """Wrap the module in DDP or FSDP.
+
+    With DDP each process holds the whole model, and gradients are averaged in the backward pass. With FSDP
+    each holds a share of the weights, gradients and optimizer state. A block's weights are gathered while it
+    computes. Gradients are averaged after each micro-batch, because a process could not hold them all.
+    """
+    if not fsdp:
+        return nn.parallel.DistributedDataParallel(
+            loss_module, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+    if dtype == torch.float16:
+        raise ValueError("--fsdp=True: needs --dtype=bfloat16 or float32; float16 needs a scaler of its own")
+    model = loss_module.model
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.layers:
+        if compile_blocks:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # FSDP gathers weights when forward is called; here these two are called instead.
+    register_fsdp_forward_method(model, "loss")
+    register_fsdp_forward_method(model, "generate")
+    return loss_module
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def resume_run(given: dict, out_dir: str) -> tuple[TrainConfig, dict]:
-    """The config and the state of the run in out_dir; `given` keys replace its own where they may."""
-    checkpoints, last = lm.CheckpointHandler(out_dir), Path(out_dir, "last.pt")
-    prev = last.with_name("prev.pt")
+def find_run(overrides: dict) -> tuple[TrainConfig, str | None]:
+    """The config of the run, and the name of the checkpoint in out_dir to go on from, or None.
+
+    overrides: the keys of the command line. Raises ValueError for what cannot be trained.
+    """
+    out_dir = overrides.get("out_dir", TrainConfig.out_dir)
+    resume = overrides.get("resume", TrainConfig.resume)
+    begun = Path(out_dir, "last.pt").exists() or Path(out_dir, "prev.pt").exists()
+    if resume is True and not begun:
+        raise ValueError(f"{out_dir} holds no last.pt to go on from; leave out --resume to begin a run")
+    if resume and begun:
+        config, checkpoint = resumed_run(overrides, out_dir)
+    elif begun:
+        go_on = shlex.join(["python", "train.py", f"--out_dir={out_dir}", "--resume=True"])
+        keep = shlex.join(["python", "train.py", f"--out_dir={out_dir}-2"])
+        raise ValueError(f"{out_dir} holds a run already; go on with it:  {go_on}  or keep it:  {keep}")
+    else:
+        config = new_config(overrides)
+        prepare_data(config, overrides)
+        checkpoint = None
+    config.resolve_shape(prepare.load_meta(config.data_dir))
+    if config.fsdp and not dist.is_initialized():
+        raise ValueError("--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py")
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if config.batch_size % world_size != 0:
+        enough = math.ceil(config.batch_size / world_size) * world_size
+        raise ValueError(
+            f"--batch_size={config.batch_size}: does not divide among {world_size} processes; {enough} would"
+        )
+    return config, checkpoint
+
+
+def new_config(overrides: dict) -> TrainConfig:
+    """The config of a fresh run. If it fine-tunes a model, it has that model's shape."""
+    folder = overrides.get("init_from")
+    if not folder:
+        return TrainConfig(**overrides)
+    shape = dataclasses.asdict(lm.pretrained_config(folder))
+    values = dict(overrides)
+    values.setdefault("context_length", min(shape["context_length"], 512))
+    for key in MODEL_KEYS:
+        value = values.setdefault(key, shape[key])
+        is_ours = key == "dropout"  # no part of a model in a folder
+        is_shorter = key == "context_length" and value < shape[key]
+        if value != shape[key] and not is_ours and not is_shorter:
+            raise ValueError(f"--{key}={value}: the model in {folder} has {shape[key]}")
+    return TrainConfig(**values)
+
+
+def prepare_data(config: TrainConfig, overrides: dict) -> None:
+    """Prepare the default corpus if a fresh run names no data, and check that the tokens are the model's."""
+    data_dir = config.data_dir
+    folder = config.init_from
+    if "data_dir" not in overrides and not Path(data_dir, "meta.json").exists():
+        print(f"no data in {data_dir}/ yet: preparing the source of Python's standard library")
+        prepare.main([f"--out_dir={data_dir}", f"--tokenizer={folder or 'bytes'}"])
+    if folder and prepare.find_tokenizer(folder).spec != prepare.load_meta(data_dir)["tokenizer"]:
+        command = shlex.join(
+            ["python", "prepare.py", "TEXT", f"--tokenizer={folder}", f"--out_dir={data_dir}"]
+        )
+        raise ValueError(
+            f"--data_dir={data_dir}: not in the tokens of {folder}; prepare it again:  {command}"
+        )
+
+
+def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
+    """The config of the run in out_dir, with the overrides that it may take, and its checkpoint's name."""
+    checkpoint, state = find_checkpoint(out_dir)
+    saved = {}
+    for key, value in state["config"].items():
+        if key not in MACHINE_KEYS:
+            saved[key] = value
+    config = TrainConfig(**saved)
+    for key in FIXED_KEYS:
+        before = getattr(config, key)
+        if overrides.get(key, before) != before:
+            raise ValueError(f"--{key}={overrides[key]}: the run in {out_dir} has {before} and keeps it")
+    config = dataclasses.replace(config, **overrides)
+
+    meta = prepare.load_meta(config.data_dir)
+    if state["tokenizer"] != meta["tokenizer"]:
+        raise ValueError(f"--data_dir={config.data_dir}: not the tokenizer that the run in {out_dir} has")
+    if state["data"] != meta["sha256"]:
+        changed = f"{config.data_dir} does not hold the data that the run in {out_dir} has seen so far"
+        if "data_dir" not in overrides:
+            raise ValueError(f"{changed}; to go on all the same, add --data_dir={config.data_dir}")
+        print(f"warning: {changed}")
+    return config, checkpoint
+
+
+def find_checkpoint(out_dir: str) -> tuple[str, dict]:
+    """The name and the content of out_dir/last.pt or, if that is damaged or missing, of prev.pt."""
+    checkpoints = lm.CheckpointHandler(out_dir)
+    last = Path(out_dir, "last.pt")
+    prev = Path(out_dir, "prev.pt")
     try:
-        state = checkpoints.load("last.pt")
-    except (ValueError, FileNotFoundError) as problem:
+        name = "last.pt"
+        state = checkpoints.load(name)
+    except (ValueError, FileNotFoundError) as error:
         if not prev.exists():
             raise
-        print(f"{prepare.format_error(problem)}; going on from the checkpoint before it, {prev}")
-        state = checkpoints.load("prev.pt")
-        if last.exists():
-            os.replace(last, last.with_name("damaged.pt"))
-    if set(state.get("config", ())) != set(KEYS) or "optimizer" not in state:  # best.pt goes without
-        raise ValueError(f"{last}: not made by this version of train.py, or not as a last.pt")
-    saved = {key: value for key, value in state["config"].items() if key not in MACHINE_KEYS}
-    for key in sorted(FIXED_KEYS & given.keys()):
-        if given[key] != saved[key]:
-            raise ValueError(f"--{key}={given[key]}: the run in {out_dir} has {saved[key]} and keeps it")
-    return TrainConfig(**saved | given), state
+        name = "prev.pt"
+        state = checkpoints.load(name)
+        print(f"{prepare.format_error(error)}; going on from the checkpoint before it, {prev}")
+        if last.exists():  # the next save would put it in the place of prev.pt
+            os.replace(last, Path(out_dir, "damaged.pt"))
+
+    path = Path(out_dir, name)
+    if not {"model", "model_config", "step", "config"} <= state.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py, or one of an earlier version; train anew")
+    if "optimizer" not in state:
+        raise ValueError(f"{path}: has no optimizer, as a best.pt; only a last.pt can be resumed")
+    unknown = sorted(state["config"].keys() - set(KEYS))
+    if unknown:
+        raise ValueError(f"{path}: of a later version of train.py, with the key {unknown[0]}")
+    return name, state
 
 
-def new_config(given: dict) -> TrainConfig:
-    """The config of a fresh run: the given keys, and where it fine-tunes a model, that model's shape."""
-    if not (folder := given.get("init_from")):
-        return TrainConfig(**given)
-    shape = dataclasses.asdict(lm.pretrained_config(folder))
-    for key in sorted(SHAPE_KEYS & given.keys() - {"dropout"}):
-        if given[key] != shape[key] and not (key == "context_length" and given[key] < shape[key]):
-            raise ValueError(f"--{key}={given[key]}: the model in {folder} has {shape[key]}")
-    return TrainConfig(**shape | {"context_length": min(shape["context_length"], 512)} | given)
-
-
-def resolve(c: TrainConfig, meta: dict, world_size: int = 1) -> None:
-    """Put in c what "auto" and None become here: checkpoints and metrics.jsonl record it."""
-    c.vocab_size = c.vocab_size or meta["vocab_size"]
-    if c.vocab_size < meta["vocab_size"]:
-        raise ValueError(f"--vocab_size={c.vocab_size}: the tokenizer has {meta['vocab_size']} tokens")
-    c.model()  # refuses what cannot be, before anything is read
-    device, dtype = prepare.pick_device(c.device, c.dtype)
-    c.device, c.dtype = str(device), str(dtype).removeprefix("torch.")
-    if c.wandb_project:
-        importlib.import_module("wandb")  # if it is missing, that is an error now
-        c.wandb_id = c.wandb_id or secrets.token_hex(4)
-    if c.batch_size % world_size:
-        least = math.ceil(c.batch_size / world_size) * world_size
-        reason = f"does not divide among {world_size} processes; {least} would"
-        raise ValueError(f"--batch_size={c.batch_size}: {reason}")
-    if c.fsdp and not dist.is_initialized() and not c.dry_run:
-        raise ValueError("--fsdp=True: needs torchrun:  torchrun --standalone --nproc_per_node=8 train.py")
-    if c.fsdp and c.dtype == "float16":
-        raise ValueError("--fsdp=True: needs --dtype=bfloat16 or float32; float16 needs a scaler of its own")
-    c.compile = device.type == "cuda" if c.compile == "auto" else c.compile
-    if c.compile:
-        try:  # it takes a compiler beside torch
-            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        except Exception as problem:  # each backend fails in a way of its own
-            reason = (str(problem) or type(problem).__name__).splitlines()[0]
-            print(f"warning: torch.compile does not work here ({reason}); running eagerly")
-            c.compile = False
-
-
-def find_run(given: dict) -> tuple[TrainConfig, dict, dict | None]:
-    """The config, the data's meta.json, and the checkpoint of the run to go on with, if there is one."""
-    out_dir, resume = given.get("out_dir", TrainConfig.out_dir), given.get("resume", TrainConfig.resume)
-    begun = any(Path(out_dir, name).exists() for name in ("last.pt", "prev.pt"))
-    if resume is True or (resume == "auto" and begun):
-        config, state = resume_run(given, out_dir)
-    elif begun:
-        begin = f"python train.py --out_dir={out_dir}"
-        ways = f"go on with it:  {begin} --resume=True  or keep it:  {begin}-2"
-        raise ValueError(f"{out_dir} holds a run already; {ways}")
-    else:
-        config, state = new_config(given), None
-        if not Path(config.data_dir, "meta.json").exists() and "data_dir" not in given:
-            print(f"no data in {config.data_dir}/ yet: preparing the source of Python's standard library")
-            prepare.main([f"--out_dir={config.data_dir}", f"--tokenizer={config.init_from or 'bytes'}"])
+def make_manager(config: TrainConfig, checkpoint: str | None) -> TrainManager:
+    """The manager of the run that find_run has found."""
     meta = prepare.load_meta(config.data_dir)
-    resolve(config, meta, dist.get_world_size() if dist.is_initialized() else 1)
-    data, model = f"--data_dir={config.data_dir}", config.init_from
-    if state and state["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"{data}: not the tokenizer that the run in {out_dir} has")
-    if model and not state and prepare.find_tokenizer(model).spec != meta["tokenizer"]:
-        command = f"python prepare.py TEXT --tokenizer={model} --out_dir={config.data_dir}"
-        raise ValueError(f"{data}: not in the tokens of {model}; prepare it again:  {command}")
-    return config, meta, state
+    state = None
+    if checkpoint is not None:  # find_run has verified it; mapped, it takes no memory until it is read
+        path = Path(config.out_dir, checkpoint)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return TrainManager(config, meta, state)
 
 
-def plan(given: dict) -> None:
-    """Print what a run would take, for as many processes as WORLD_SIZE in the environment; begin nothing."""
-    if given.get("resume"):
-        raise ValueError("--dry_run=True: plans a new run; leave out --resume")
-    config, world_size = new_config(given), int(os.environ.get("WORLD_SIZE", 1))
-    meta = prepare.load_meta(config.data_dir) if Path(config.data_dir, "meta.json").exists() else None
-    resolve(config, meta or {"vocab_size": prepare.ByteTokenizer.vocab_size}, world_size)
-    describe(config, meta, world_size)
+def flops_per_token(model: lm.TransformerLM, context_length: int) -> int:
+    """Arithmetic of training: 6 for each weight, 12·L·D·T for attention (PaLM, 2022, appendix B)."""
+    weights = sum(param.numel() for param in model.parameters())
+    if not model.config.tie_embeddings:  # an embedding is looked up, not multiplied
+        weights -= model.embed_tokens.weight.numel()
+    return 6 * weights + 12 * model.config.num_layers * model.config.d_model * context_length
 
 
-def run_training(manager: TrainManager, given: dict) -> None:
-    """The run from where it stands to its end, or to a signal, which the exit status then tells."""
-    config = manager.config
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    describe(config, manager.meta, manager.world_size)
-    print(f"A loss of {math.log(config.vocab_size):.2f} nats, ln({config.vocab_size}), is a blind guess.")
-    logger = Logger(config, manager.step) if manager.rank == 0 else Silent()
+def describe(manager: TrainManager) -> str:
+    """What is about to run, in a few lines."""
+    c = manager.config
+    meta = manager.meta
+    shape = manager.model.config
+    num_params = sum(param.numel() for param in manager.params)
+    tokens = c.max_steps * c.batch_size * c.context_length
+    flops = tokens * flops_per_token(manager.model, c.context_length)
+    machine = f"{manager.device}, {manager.dtype_name}, {'compiled' if manager.compile else 'eager'}"
+    if manager.world_size > 1:
+        machine += f", {manager.world_size} processes, {'FSDP' if c.fsdp else 'DDP'}"
+    return (
+        f"model    {num_params:,} parameters: {shape.num_layers} layers, d_model {shape.d_model}, "
+        f"{shape.num_heads} heads\n"
+        f"data     {meta['train_tokens']:,} tokens of {meta['source']}\n"
+        f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {tokens:,} tokens, "
+        f"{tokens / meta['train_tokens']:.2f} epochs, {flops:.2e} FLOP\n"
+        f"machine  {machine}\n"
+        f"A loss of {math.log(c.vocab_size):.2f} nats, ln({c.vocab_size}), is a blind guess."
+    )
+
+
+def stop_on_signals(manager: TrainManager) -> None:
+    """Let the signals that ask to stop (Ctrl-C, kill, a closed terminal) end the run after its update."""
 
     def stop(number: int, frame) -> None:
         manager.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    # Windows has no SIGHUP, and under nohup it is ignored and shall stay so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)
+
+
+def resume_command(manager: TrainManager, overrides: dict) -> str:
+    """The command that goes on with this run."""
+    words = ["python", "train.py"]
+    if manager.world_size > 1:
+        words = ["torchrun", "...", "train.py"]
+    words += ["--resume=True", f"--out_dir={manager.config.out_dir}"]
+    # The checkpoint does not hold the keys of the machine: give them again.
+    for key, value in overrides.items():
+        if key in MACHINE_KEYS and key not in ("resume", "out_dir"):
+            words.append(f"--{key}={value}")
+    return shlex.join(words)
+
+
+def run_training(manager: TrainManager, overrides: dict) -> None:
+    """Train to the end, or until a signal asks to stop, which the exit status then tells."""
+    config = manager.config
+    logger = NullLogger()
+    if manager.rank == 0:
+        logger = Logger(config, manager.step, manager.wandb_id)
+        manager.wandb_id = logger.wandb_id
+    logger.say(describe(manager))
+    stop_on_signals(manager)
     start_time = time.perf_counter()
-    stopped = manager.train(logger)
+    stop_signal = manager.train(logger)
     seconds = int(time.perf_counter() - start_time)
     logger.close()
-    # The keys of the machine are not the run's: whoever gave them must give them again.
-    keys = [f" --{key}={given[key]}" for key in given if key in MACHINE_KEYS - {"out_dir", "resume"}]
-    command = "torchrun ... train.py" if manager.world_size > 1 else "python train.py"
-    again = f"{command} --resume=True --out_dir={config.out_dir}{''.join(keys)}"
-    if stopped:
-        logger.say(f"stopped after update {manager.step}; go on with:  {again}")
+    if manager.device.type == "cuda":
+        logger.say(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+    command = resume_command(manager, overrides)
+    if stop_signal:
+        logger.say(f"stopped after update {manager.step}; go on with:  {command}")
     else:
-        print(
-            f"\n{manager.sample(400)}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
-            f"best validation loss {manager.best_val_loss:.4f} nats\n"
-            f"sample more:  python sample.py --checkpoint={Path(config.out_dir, 'best.pt')}\n"
-            f"train on:     {again} --max_steps={2 * config.max_steps}"
+        best = Path(config.out_dir, "best.pt")
+        text = manager.sample(400)  # all processes take part, under FSDP
+        logger.say(
+            f"\n{text}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
+            f"best val_loss {manager.best_val_loss:.4f} nats, after update {manager.best_step:,}\n"
+            f"sample more:  {shlex.join(['python', 'sample.py', f'--checkpoint={best}'])}\n"
+            f"train on:     {command} --max_steps={2 * config.max_steps}"
         )
     if dist.is_initialized():
-        dist.barrier()  # who leaves early would look dead to the others
-    if stopped:
-        sys.exit(128 + stopped)
+        dist.barrier()  # a process that leaves early would look dead to the others
+        dist.destroy_process_group()
+    if stop_signal:
+        sys.exit(128 + stop_signal)  # as a shell reports it
 
 
 def main(argv: list[str]) -> None:
-    given = prepare.parse_args(TrainConfig, argv, __doc__)
-    if given.get("dry_run"):
-        plan(given)
-        return
-    join_processes(given.get("timeout", TrainConfig.timeout))
-    config, meta, state = from_first(lambda: find_run(given))
+    overrides = prepare.parse_args(TrainConfig, argv, __doc__)
+    init_distributed()
+    config, checkpoint = on_first_process(find_run, overrides)
     try:
-        manager = TrainManager(config, meta, state)
-        del state  # as large as the model and its optimizer
-        run_training(manager, given)
-    except (RuntimeError, MemoryError) as problem:  # say what happened where torch's own words do not
-        if prepare.is_out_of_memory(problem):
-            keys = ("micro_batch_size", "batch_size", "context_length", "d_model", "num_layers")
-            values = ", ".join(f"--{key}={getattr(config, key)}" for key in keys)
-            raise ValueError(f"out of memory on {config.device}; lower one of {values}") from None
-        if dist.is_initialized() and re.search("(?i)gloo|nccl|peer|connection|timed out", str(problem)):
-            lost = f"another process of this run died, or was silent for --timeout={config.timeout} seconds"
-            raise ValueError(f"{lost} ({str(problem).splitlines()[0]})") from None
-        raise
+        run_training(make_manager(config, checkpoint), overrides)
+    except (RuntimeError, MemoryError) as error:
+        if not prepare.is_out_of_memory(error):
+            raise
+        keys = "--micro_batch_size, --batch_size, --context_length, --d_model, --num_layers or --vocab_size"
+        raise ValueError(f"out of memory; lower {keys}") from None
 
 
 if __name__ == "__main__":
-    try:
-        prepare.run_cli(main)
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    if dist.is_torchelastic_launched():
-        sys.stdout.flush()
-        os._exit(status)  # at a usual exit, what is left of the process group aborted in 1 of 16 runs
-    sys.exit(status)
+    prepare.run_cli(main)
