@@ -482,7 +482,17 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------- Sampling
-def sample_token(
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for settings of `sample_token` that are out of range."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+
+
+def sample_token(  # needs: check_sampling
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -504,12 +514,7 @@ def sample_token(
     Raises ValueError for settings out of range, and on a CPU for logits that are NaN. On a GPU this check
     would wait for the GPU; there torch.multinomial fails with an error of its own.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it must be at least 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    check_sampling(temperature, top_k, top_p)
     if logits.device.type == "cpu" and logits.isnan().any():
         raise ValueError("the logits are NaN: the model's weights are damaged, or its training diverged")
     if temperature < 1e-6:  # 0, or too close to 0 to divide by
@@ -643,6 +648,14 @@ class TransformerLM(nn.Module):  # needs: everything above
             return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten())
         return linear_cross_entropy(x, self.lm_head.weight, targets)
 
+    def check_prompt(self, prompt: Tensor, max_new_tokens: int) -> None:
+        """Raise ValueError for a prompt (B, P) that cannot be continued."""
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        vocab_size = self.config.vocab_size
+        if prompt.shape[1] == 0 or prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(f"the prompt must hold one or more tokens, each from 0 to {vocab_size - 1}")
+
     def stream(
         self,
         prompt: Tensor,
@@ -655,35 +668,26 @@ class TransformerLM(nn.Module):  # needs: everything above
     ) -> Iterator[Tensor]:
         """Continue a prompt of P tokens, (B, P), int64: yield one token for each row, (B,), at a time.
 
-        temperature, top_k, top_p and generator are those of `sample_token`. A row that has drawn eos_id (the
-        "end of sequence" token) repeats it; generation ends when all rows have drawn it. The model sees the
-        last context_length tokens; when these are full, it goes on from their last half. Call model.eval()
-        first: in train mode, dropout acts here too. Raises ValueError for arguments out of range, when the
-        first token is asked for.
+        The settings are those of `sample_token`. A row that has drawn eos_id ("end of sequence") repeats it;
+        when all rows have, generation ends. Call model.eval() first, or dropout acts. Raises ValueError.
         """
+        self.check_prompt(prompt, max_new_tokens)
         context_length = self.config.context_length
-        vocab_size = self.config.vocab_size
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-        if prompt.shape[1] == 0 or prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise ValueError(f"the prompt must hold one or more tokens, each from 0 to {vocab_size - 1}")
-
         max_length = min(context_length, prompt.shape[1] + max_new_tokens)
         caches = [KVCache(max_length) for _ in self.layers]
-        tokens = prompt[:, -context_length:]  # all that the model can see
-        unread = tokens  # those that are not in the caches yet
+        window = prompt[:, -context_length:]  # the tokens that the model sees
         finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
-            # 1. Make room. A full cache cannot drop its first token: what it holds of the others was computed
-            #    with it. So read the last half of the tokens again, into empty caches.
-            if caches[0].length == context_length:
+            # 1. Make room. A full cache cannot drop its first token, because what it holds of the others was
+            #    computed with it. So keep the last half of the window, and read that again.
+            if window.shape[1] > context_length:
+                window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache(max_length) for _ in self.layers]
-                unread = tokens[:, -max(1, context_length // 2) :]
-            # 2. Read what is unread: first the prompt, then one token at a time.
+            # 2. Read what is not in the caches yet: first the whole window, then one token at a time.
             with torch.inference_mode():
-                x = self.hidden_states(unread, caches)
+                x = self.hidden_states(window[:, caches[0].length :], caches)
                 logits = self.lm_head(x[:, -1])
-            # 3. Draw the next token of each row. A row that is finished repeats eos_id.
+            # 3. Draw the next token of each row, and append it.
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
@@ -691,9 +695,7 @@ class TransformerLM(nn.Module):  # needs: everything above
             yield token
             if eos_id is not None and finished.all():
                 return
-            # 4. Append it.
-            unread = token[:, None]
-            tokens = torch.cat((tokens, unread), dim=1)[:, -context_length:]
+            window = torch.cat((window, token[:, None]), dim=1)
 
     def generate(
         self,
