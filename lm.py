@@ -17,16 +17,16 @@ next, from the tokens up to there alone. So one pass over T tokens makes T predi
     logits (B, T, V)
 
 The embedding turns each token into a vector of D numbers. This vector x is called the residual stream: each
-block reads it and adds to it, twice. First attention adds what it collects from earlier tokens. For this,
-each token has a query (what it looks for), a key (what it offers) and a value (what it passes on): where a
-query matches a key, the value is collected. This happens several times side by side, in "heads". Then the
-feed-forward, SwiGLU, adds what it computes from each token's vector on its own. Both read a copy of x that
-RMSNorm has rescaled.
+block reads it and adds to it, twice. First attention adds what it collects from the token itself and from
+earlier ones. For this, three linear maps of its vector give each token a query (what it looks for), a key
+(what it offers) and a value (what it passes on): the better a query matches a key, the more of the value is
+collected. This happens several times side by side, in "heads". Then the feed-forward, SwiGLU, adds what it
+computes from each token's vector on its own. Both read a copy of x that RMSNorm has rescaled.
 
 The last Linear turns each vector into V logits: one score z_i for every token i that might come next.
 Softmax, exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is the mean of -ln(probability
 of the true next token). It is called the cross-entropy, and measured in nats, the unit of the natural
-logarithm. Whoever guesses blindly pays ln(V).
+logarithm. A blind guess costs ln(V) = -ln(1/V).
 
 To train the model, repeat:
 
@@ -97,7 +97,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table with one learned vector of D numbers for each token of the vocabulary.
 
-    The vectors start with variance 1, the scale to which RMSNorm, below, brings all that the blocks read.
+    They start with variance 1, so that what the first blocks add does not drown them.
     """
 
     def __init__(self, vocab_size: int, d_model: int):
@@ -168,14 +168,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     T, K = q.shape[-2:]
     S = k.shape[-2]
-    # triu keeps what is right of a diagonal; this one ends in the lower right corner.
+    # triu(d) keeps column - row ≥ d. Row i is the query of token S - T + i: this hides the keys after it.
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     scores = (q / math.sqrt(K)) @ k.mT + mask  # (B, H, T, S)
     return scores.softmax(dim=-1) @ v
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """What the model calls: the same result as `attention`, by torch's fused kernel where that is faster.
+    """The same result as `attention`, which is all that a first reader needs, by torch's fused kernel if
+    faster.
 
     The kernel never holds all T · S scores. q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). If G < H,
     each head of keys and values serves H / G heads of queries (see MultiheadSelfAttention).
@@ -204,7 +205,7 @@ class RoPE(nn.Module):
 
         (R_a q) · (R_b k) = q · (R_{b-a} k)
 
-    so that the score now depends on how far apart the two tokens are.
+    so the score now depends on how far apart the two tokens are. Values are not rotated.
 
     A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature
     j of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle t ·
@@ -300,8 +301,9 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
     Causal: a token sees itself and the tokens before it, never later ones. Self: queries, keys and values
     come from the same sequence. One softmax gives one set of attention weights to each token, so one
     attention looks for one thing at a time. H heads look for H things, at the cost of one attention of width
-    D. A last projection mixes their results. With G < H heads of keys and values, H / G heads of queries
-    share each of them. The cache is then H / G times smaller. This is called grouped-query attention.
+    D, since each is D / H wide. A last linear map mixes their results. With G < H heads of keys and values, H
+    / G heads of queries share each of them. The cache is then H / G times smaller. This is called
+    grouped-query attention.
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
@@ -372,8 +374,8 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
     (1 - p), so that the mean stays. The model then cannot rely on any single feature, which helps if it would
     otherwise memorize a small text.
 
-    The two norms are named as in Hugging Face's Llama: post_attention_layernorm comes after the attention,
-    and before the feed-forward.
+    The parts are named as in Hugging Face's Llama: mlp is the feed-forward, and post_attention_layernorm
+    comes after the attention, and before the feed-forward.
     """
 
     def __init__(
@@ -511,8 +513,9 @@ def sample_token(  # needs: check_sampling
     (0, 0.5, 0.8, 0.95). Tokens where this is below 0.7 are kept: the first two. They are then drawn with
     probabilities 0.5 / 0.8 and 0.3 / 0.8.
 
-    Raises ValueError for settings out of range, and on a CPU for logits that are NaN. On a GPU this check
-    would wait for the GPU; there torch.multinomial fails with an error of its own.
+    Raises ValueError for settings out of range, and on a CPU for logits that are NaN. On a GPU that check
+    would make the CPU wait; there torch.multinomial fails with an error of its own, and temperature 0 does
+    not notice.
     """
     check_sampling(temperature, top_k, top_p)
     if logits.device.type == "cpu" and logits.isnan().any():
@@ -543,7 +546,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: num_heads
-    d_ff: int | None = None  # None: 8/3 · d_model; 3 matrices have as many weights as 2 of 4 · d_model
+    d_ff: int | None = None  # None: 8/3 · d_model. Older feed-forwards: 2 matrices, d_ff = 4 D
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix as embedding and as last Linear saves V · D weights
@@ -606,9 +609,9 @@ class TransformerLM(nn.Module):  # needs: everything above
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all initial values: those of the layers once more, and what concerns all layers together.
+        """Draw the initial values of all layers, and what concerns them together.
 
-        This also fills a model that was made on torch's meta device, where tensors have no memory.
+        This one call also fills a model that was made on torch's meta device, where tensors have no memory.
         """
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
@@ -641,7 +644,8 @@ class TransformerLM(nn.Module):  # needs: everything above
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens and targets (B, T), int64 → mean cross-entropy in nats, (), float32.
 
-        The target at each position is the next token. Targets of -100 are left out of the mean.
+        The target at each position is the next token. Targets of -100 are left out of the mean. lm_head is not
+        called here, only its weight is used; so hooks on it act in forward alone.
         """
         x = self.hidden_states(tokens)
         if type(self.lm_head) is not Linear:  # replaced by the user: call what is there
@@ -730,7 +734,7 @@ class AdamW(torch.optim.Optimizer):
     m and v start at 0, so at first they are too small: after one step m is (1 - β₁) · g. Divided by 1 - β₁ᵗ
     it is g. The mean m̂ smooths out the noise of single batches. Some parameters have gradients a thousand
     times larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight
-    decay pulls each weight towards 0 unless the data keeps pushing it away; small weights generalize better.
+    decay pulls each weight towards 0 unless the data keeps pushing it away; this curbs overfitting.
     It is decoupled: not a part of g, so √v̂ does not rescale it.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
@@ -792,16 +796,15 @@ class AdamW(torch.optim.Optimizer):
                 m.lerp_(g, 1 - beta1)  # m + (1 - β₁) · (g - m)
                 v.lerp_(g * g, 1 - beta2)
                 # Stacked, so that a compiled step computes the powers once, not anew for every weight.
-                correction1, correction2 = 1 - torch.stack((beta1**t, beta2**t))
-                m_hat = m / correction1
-                v_hat = v / correction2
+                bias_correction1, bias_correction2 = 1 - torch.stack((beta1**t, beta2**t))
+                m_hat = m / bias_correction1
+                v_hat = v / bias_correction2
                 param.sub_(lr * m_hat / (v_hat.sqrt() + eps))
         return loss
 
 
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of update `step`, counted from 1: a straight line up, half a cosine down, then
-    constant.
+    """The learning rate of update `step`, counted from 1: a line up, half a cosine down, then constant.
 
     Why warm up? AdamW's running means start from a few batches, and a large step in such an uncertain
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small
@@ -811,7 +814,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
     # 1. Warm-up: a line from 0 to max_lr.
     if step < warmup_steps:
         return max_lr * step / warmup_steps
-    # 2. After the last step: min_lr.
+    # 2. From the last step on: min_lr.
     if step >= total_steps:
         return min_lr
     # 3. In between: half a cosine from max_lr down to min_lr.
@@ -821,8 +824,7 @@ def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: in
 
 # ----------------------------------------------------------------------------------------- MemmapTokenDataset
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The entries at `positions` (B,) of a random permutation of 0 … n-1, fixed by seed and epoch → (B,),
-    int64.
+    """A random permutation of 0 … n-1, fixed by seed and epoch: its entries at `positions` (B,), int64.
 
     A first reader may skip how. The permutation is computed, only at the positions asked for, because a
     stored one would grow with the file. Each step of the scrambling can be undone, so no two positions get
@@ -864,8 +866,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         """dtype: the type of the file's integers, unsigned and little-endian, such as "uint16".
         vocab_size: if given, tokens from vocab_size on are refused when they are read.
 
-        Raises OSError if the file cannot be read, ValueError if it is not a whole number of tokens or too
-        short.
+        Raises OSError if the file cannot be read, ValueError if it is too short or ends within a token.
         """
         self.path = Path(path)
         self.context_length = context_length
@@ -920,8 +921,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
 
         Batches follow one shuffled epoch after another. They depend on the arguments and the file alone, so
         an interrupted run continues with the same data. If world_size processes train together, process
-        number `rank` gets its batch_size / world_size rows of the batch. Raises ValueError if that is not an
-        integer.
+        number `rank` gets its batch_size / world_size rows of the batch. Raises ValueError for a remainder.
         """
         if batch_size % world_size != 0:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
@@ -1073,28 +1073,31 @@ def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int
 
 def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
     # needs: ModelConfig, LLAMA_SHAPE, LLAMA_FIXED
-    """The shape of the Llama in a Hugging Face folder, with the fields of ModelConfig that `changes` gives
-    replaced.
+    """The shape of the Llama in a Hugging Face folder; `changes` replace fields of ModelConfig.
 
     Fields of config.json that do not change what LlamaForCausalLM computes are ignored. Raises OSError if the
     file cannot be read, ValueError if it is not a Llama's or asks for something that this model does not do.
     """
     path = Path(folder, "config.json")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        shape = {}
-        for theirs, ours, default in LLAMA_SHAPE:
-            shape[ours] = fields.get(theirs, default)
-        shape["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
-        shape.update(changes)
-        config = ModelConfig(**shape)
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the config.json of a Llama: {error}") from None
-
     if fields.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}; only 'llama' is supported")
+
+    shape = {}
+    for theirs, ours, default in LLAMA_SHAPE:
+        shape[ours] = fields.get(theirs, default)
+    shape["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+    shape.update(changes)
+    try:
+        config = ModelConfig(**shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the shape of a Llama: {error}") from None
+
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise ValueError(f"{path}: RoPE of type {rope_type!r} is not supported, only 'default'")
     if fields.get("head_dim") not in (None, config.head_dim):

@@ -925,7 +925,7 @@ def test_we_load_what_transformers_saves_in_shards_of_any_dtype(tmp_path, change
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}, "RoPE of type 'yarn'"),
         ("head_dim", 64, "head_dim"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
-        ("hidden_size", "wide", "not the config.json of a Llama: .*str"),
+        ("hidden_size", "wide", "not the shape of a Llama: .*str"),
         ("hidden_size", None, "weights do not fit"),  # left out, it is 4,096
         ("num_attention_heads", 3, "d_model is 32; it must be a multiple of 2 \\* num_heads, 6"),
     ],
