@@ -644,8 +644,8 @@ class TransformerLM(nn.Module):  # needs: everything above
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens and targets (B, T), int64 → mean cross-entropy in nats, (), float32.
 
-        The target at each position is the next token. Targets of -100 are left out of the mean. lm_head is not
-        called here, only its weight is used; so hooks on it act in forward alone.
+        The target at each position is the next token. Targets of -100 are left out of the mean. Only the weight
+        of lm_head is used here, so hooks on it do not act.
         """
         x = self.hidden_states(tokens)
         if type(self.lm_head) is not Linear:  # replaced by the user: call what is there
