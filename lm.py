@@ -311,7 +311,11 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.head_dim = d_model // num_heads
+        self.head_dim = rope.head_dim
+        if d_model != num_heads * self.head_dim:
+            raise ValueError(
+                f"d_model is {d_model}, not {num_heads} heads of rope's {self.head_dim} features"
+            )
         self.q_proj = Linear(d_model, num_heads * self.head_dim)
         self.k_proj = Linear(d_model, num_kv_heads * self.head_dim)
         self.v_proj = Linear(d_model, num_kv_heads * self.head_dim)
@@ -644,8 +648,8 @@ class TransformerLM(nn.Module):  # needs: everything above
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens and targets (B, T), int64 → mean cross-entropy in nats, (), float32.
 
-        The target at each position is the next token. Targets of -100 are left out of the mean. Only the weight
-        of lm_head is used here, so hooks on it do not act.
+        The target at each position is the next token. Targets of -100 are left out of the mean. Hooks on
+        lm_head do not act here, because only its weight is used.
         """
         x = self.hidden_states(tokens)
         if type(self.lm_head) is not Linear:  # replaced by the user: call what is there
@@ -741,7 +745,7 @@ class AdamW(torch.optim.Optimizer):
     The gains of RMSNorm belong near 1, not 0, so they get a group of parameters without decay:
 
         matrices = [p for p in model.parameters() if p.ndim > 1]
-        gains = [p for p in model.parameters() if p.ndim == 1]
+        gains = [p for p in model.parameters() if p.ndim <= 1]
         optimizer = AdamW([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], lr=3e-3)
 
     The state has the layout of torch.optim.AdamW, and each loads the other's state_dict. The defaults are
@@ -866,11 +870,14 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         """dtype: the type of the file's integers, unsigned and little-endian, such as "uint16".
         vocab_size: if given, tokens from vocab_size on are refused when they are read.
 
-        Raises OSError if the file cannot be read, ValueError if it is too short or ends within a token.
+        Raises OSError if the file cannot be read, ValueError if it is too short, ends within a token, or
+        dtype is another.
         """
         self.path = Path(path)
         self.context_length = context_length
         self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype.kind != "u":
+            raise ValueError(f"dtype is {self.dtype.name}; it must be an unsigned integer")
         self.vocab_size = vocab_size
         size = self.path.stat().st_size
         if size % self.dtype.itemsize != 0:
@@ -970,7 +977,7 @@ def check_plain(value, name: str) -> None:
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             check_plain(item, f"{name}[{i}]")
-    elif not isinstance(value, Tensor) and type(value) not in (str, bytes, int, float, bool, type(None)):
+    elif type(value) not in (Tensor, nn.Parameter, str, bytes, int, float, bool, type(None)):
         raise ValueError(f"{name} is a {type(value).__name__}, neither a tensor nor a plain Python value")
 
 

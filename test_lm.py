@@ -245,6 +245,12 @@ def test_multihead_attention_is_torchs_with_rope_and_grouped_heads(num_kv_heads)
     close(ours(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
 
 
+@pytest.mark.parametrize("d_model,head_dim", [(50, 12), (48, 6)])
+def test_a_layer_refuses_a_rope_of_another_size(d_model, head_dim):
+    with pytest.raises(ValueError, match=f"d_model is {d_model}, not 4 heads of rope's {head_dim}"):
+        MultiheadSelfAttention(d_model, 4, 4, RoPE(head_dim, 16))
+
+
 class LoRA(torch.nn.Module):
     """A frozen layer plus a trained product of two small matrices."""
 
@@ -802,6 +808,8 @@ def test_files_that_are_not_what_they_seem_are_refused(tmp_path):
             ValueError, match=rf"t\.bin: {count} tokens are fewer than context_length \+ 1 = 9"
         ):
             MemmapTokenDataset(arange_file(path, count), 8, "uint16")
+    with pytest.raises(ValueError, match="dtype is int16"):
+        MemmapTokenDataset(path, 8, "int16")
     data = MemmapTokenDataset(arange_file(path, 100), 8, "uint16", vocab_size=48)
     with pytest.raises(ValueError, match=r"t\.bin: token 48 is 48, .* 48 entries"):
         data[5]
@@ -868,6 +876,10 @@ def test_damage_and_code_are_refused_and_the_file_is_named(tmp_path, monkeypatch
         handler.load("plain.pt")
 
 
+class Subclass(torch.Tensor):
+    """A tensor of a type that torch.load does not know."""
+
+
 @pytest.mark.parametrize(
     "state,named",
     [
@@ -875,6 +887,7 @@ def test_damage_and_code_are_refused_and_the_file_is_named(tmp_path, monkeypatch
         ({"config": {"out": [1, Path("x")]}}, r"state\['config'\]\['out'\]\[1\] is a PosixPath"),
         ({"when": datetime.now()}, r"state\['when'\] is a datetime"),
         ({np.int64(3): 1}, r"the key .* of state is a int64"),
+        ({"model": torch.ones(2).as_subclass(Subclass)}, r"state\['model'\] is a Subclass"),
         ({"model": Evil()}, r"state\['model'\] is a Evil"),
     ],
 )
