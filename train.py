@@ -620,9 +620,10 @@ def init_distributed() -> None:
     if not dist.is_torchelastic_launched():
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # The store outlives the processes. Those that torchrun starts in place of dead ones get a part of their
-    # own in it, or they would find the addresses of the dead.
-    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives the processes. Those that it starts in place of dead ones get a part of
+        # their own in it, or they would find the addresses of the dead.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
