@@ -313,9 +313,7 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
         self.num_kv_heads = num_kv_heads
         self.head_dim = rope.head_dim
         if d_model != num_heads * self.head_dim:
-            raise ValueError(
-                f"d_model is {d_model}, not {num_heads} heads of rope's {self.head_dim} features"
-            )
+            raise ValueError(f"d_model is {d_model}, not {num_heads} heads of rope's {self.head_dim}")
         self.q_proj = Linear(d_model, num_heads * self.head_dim)
         self.k_proj = Linear(d_model, num_kv_heads * self.head_dim)
         self.v_proj = Linear(d_model, num_kv_heads * self.head_dim)
@@ -870,8 +868,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         """dtype: the type of the file's integers, unsigned and little-endian, such as "uint16".
         vocab_size: if given, tokens from vocab_size on are refused when they are read.
 
-        Raises OSError if the file cannot be read, ValueError if it is too short, ends within a token, or
-        dtype is another.
+        Raises OSError if the file cannot be read, ValueError if it is too short or not of this dtype.
         """
         self.path = Path(path)
         self.context_length = context_length
