@@ -97,7 +97,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table with one learned vector of D numbers for each token of the vocabulary.
 
-    They start with variance 1, so that what the first blocks add does not drown them.
+    The vectors start with variance 1, so that what the first blocks add does not drown them.
     """
 
     def __init__(self, vocab_size: int, d_model: int):
@@ -301,9 +301,10 @@ class MultiheadSelfAttention(nn.Module):  # needs: Linear, RoPE, KVCache, attent
     Causal: a token sees itself and the tokens before it, never later ones. Self: queries, keys and values
     come from the same sequence. One softmax gives one set of attention weights to each token, so one
     attention looks for one thing at a time. H heads look for H things, at the cost of one attention of width
-    D, since each is D / H wide. A last linear map mixes their results. With G < H heads of keys and values, H
-    / G heads of queries share each of them. The cache is then H / G times smaller. This is called
-    grouped-query attention.
+    D, since each is D / H wide. A last linear map mixes their results.
+
+    With G < H heads of keys and values, each of them serves H / G heads of queries, and the cache is H / G
+    times smaller. This is called grouped-query attention.
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
@@ -344,10 +345,10 @@ class SwiGLU(nn.Module):  # needs: Linear
     """The feed-forward of each vector x: W_down (silu(W_gate x) ⊙ W_up x).
 
     Attention moves information from token to token, but only averages it. The feed-forward does not look at
-    other tokens. It computes, on what each token has collected, something that no linear map can. silu(z) = z
-    / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z is far above. So W_gate x switches each
-    of the d_ff inner features W_up x off, or scales it; ⊙ multiplies feature by feature. d_ff is usually 2.7
-    to 4 times D.
+    other tokens. It computes, on what each token has collected, something that no linear map can:
+    silu(z) = z / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z is far above. So W_gate x
+    switches each of the d_ff inner features W_up x off, or scales it; ⊙ multiplies feature by feature.
+    d_ff is usually 2.7 to 4 times D.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
