@@ -207,9 +207,9 @@ class RoPE(nn.Module):
 
     so the score now depends on how far apart the two tokens are. Values are not rotated.
 
-    A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature
-    j of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle t ·
-    θ^(-2j/K), with a constant θ, 10,000 by default:
+    A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature j
+    of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle
+    t · θ^(-2j/K), with a constant θ, 10,000 by default:
 
         x1' = x1 · cos - x2 · sin
         x2' = x2 · cos + x1 · sin
@@ -373,9 +373,9 @@ class TransformerBlock(nn.Module):  # needs: RMSNorm, SwiGLU, MultiheadSelfAtten
     undamped, and deep models train stably.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
 
-    In train mode, dropout sets a random share p of what a branch adds to zero and multiplies the rest by 1 /
-    (1 - p), so that the mean stays. The model then cannot rely on any single feature, which helps if it would
-    otherwise memorize a small text.
+    In train mode, dropout sets a random share p of what a branch adds to zero and multiplies the rest by
+    1 / (1 - p), so that the mean stays. The model then cannot rely on any single feature, which helps if it
+    would otherwise memorize a small text.
 
     The parts are named as in Hugging Face's Llama: mlp is the feed-forward, and post_attention_layernorm
     comes after the attention, and before the feed-forward.
@@ -853,10 +853,10 @@ def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
 class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
     """Training examples from a file of token ids: one integer after another, nothing else.
 
-    The file is cut into windows of T = context_length tokens. Window i is a pair: x holds the tokens from i ·
-    T to i · T + T - 1, and y holds the token that follows each of them. One pass over all windows, in
-    shuffled order, is called an epoch. The file is mapped into memory: the operating system reads only the
-    parts that are used, so the file may be larger than memory.
+    The file is cut into windows of T = context_length tokens. Window i is a pair: x holds the T tokens from
+    number i · T on, and y holds the token that follows each of them. One pass over all windows, in shuffled
+    order, is called an epoch. The file is mapped into memory: the operating system reads only the parts that
+    are used, so the file may be larger than memory.
     """
 
     def __init__(
