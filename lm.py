@@ -207,8 +207,8 @@ class RoPE(nn.Module):
 
     so the score now depends on how far apart the two tokens are. Values are not rotated.
 
-    A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature j
-    of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle
+    A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature
+    j of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle
     t · θ^(-2j/K), with a constant θ, 10,000 by default:
 
         x1' = x1 · cos - x2 · sin
