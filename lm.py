@@ -885,16 +885,16 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         if count < row_length:
             raise ValueError(f"{path}: {count:,} tokens are fewer than context_length + 1 = {row_length}")
         self.tokens = np.memmap(self.path, self.dtype, mode="r")
-        # One row for each window: with T = 3 the tokens 0 … 6 give the rows [0 1 2 3] and [3 4 5 6].
-        # This is a view of the file: nothing is read or copied yet.
-        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, row_length)[::context_length]
+        # rows[i] is the window that begins at token i, and the token after it: with T = 3, the tokens 0 … 5
+        # give the rows [0 1 2 3], [1 2 3 4] and [2 3 4 5]. This is a view of the file: nothing is copied.
+        self.rows = np.lib.stride_tricks.sliding_window_view(self.tokens, row_length)
 
     def __reduce__(self):
         # pickle would copy the whole file to each worker of a DataLoader; let them open it themselves.
         return type(self), (self.path, self.context_length, self.dtype, self.vocab_size)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return (len(self.tokens) - 1) // self.context_length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Window `index` → (x, y), each (T,), int64. Raises IndexError outside 0 … len-1."""
@@ -904,15 +904,19 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
         return x[0], y[0]
 
     def windows(self, indices: np.ndarray | list[int]) -> tuple[Tensor, Tensor]:
-        """The windows with these indices (B,) → (x, y), each (B, T), int64.
+        """The windows with these indices (B,) → (x, y), each (B, T), int64. Raises as `read` does."""
+        return self.read(np.asarray(indices) * self.context_length)
+
+    def read(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The windows that begin at the tokens `starts` (B,) → (x, y), each (B, T), int64.
 
         Raises ValueError for a token that is not below vocab_size.
         """
-        rows = self.rows[indices]  # (B, T + 1)
+        rows = self.rows[starts]  # (B, T + 1)
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             raise ValueError(
-                f"{self.path}: token {indices[row] * self.context_length + column:,} is {rows[row, column]}, "
+                f"{self.path}: token {starts[row] + column:,} is {rows[row, column]}, "
                 f"but the vocabulary has {self.vocab_size} entries; prepare the file again"
             )
         x = torch.from_numpy(rows[:, :-1].astype(np.int64))
@@ -924,19 +928,26 @@ class MemmapTokenDataset(torch.utils.data.Dataset):  # needs: shuffled
     ) -> tuple[Tensor, Tensor]:
         """Batch number `step`, counted from 0 → (x, y), each (batch_size, T), int64.
 
-        Batches follow one shuffled epoch after another. They depend on the arguments and the file alone, so
-        an interrupted run continues with the same data. If world_size processes train together, process
-        number `rank` gets its batch_size / world_size rows of the batch. Raises ValueError for a remainder.
+        Batches follow one shuffled epoch after another. From the second epoch on, all windows of an epoch
+        begin a random number of tokens later, so that the model does not see the same ones again. Batches
+        depend on the arguments and the file alone, so an interrupted run continues with the same data. If
+        world_size processes train together, process number `rank` gets its batch_size / world_size rows of
+        the batch. Raises ValueError for a remainder.
         """
         if batch_size % world_size != 0:
             raise ValueError(f"batch_size {batch_size} does not divide among {world_size} processes")
         share = batch_size // world_size
         first = step * batch_size + rank * share
         epochs, positions = np.divmod(np.arange(first, first + share), len(self))
-        indices = []
+        starts = []
         for epoch in np.unique(epochs).tolist():  # usually one; two if an epoch ends within this batch
-            indices.append(shuffled(positions[epochs == epoch], len(self), seed, epoch))
-        return self.windows(np.concatenate(indices))
+            indices = shuffled(positions[epochs == epoch], len(self), seed, epoch)
+            offset = 0
+            if epoch > 0:
+                offset = np.random.default_rng((seed, epoch)).integers(self.context_length)
+            last = len(self.rows) - 1  # the last window ends with the file
+            starts.append(np.minimum(indices * self.context_length + offset, last))
+        return self.read(np.concatenate(starts))
 
 
 # ------------------------------------------------------------------------------------------ CheckpointHandler
