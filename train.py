@@ -508,9 +508,9 @@ class TrainManager:
     # --------------------------------------------------------------------------------------------- Evaluation
 
     def validate(self, logger: Logger | NullLogger) -> None:
-        """Evaluate, report, and keep the model as best.pt if it is the best so far."""
+        """Evaluate, report, and keep the model as best.pt if it is the best so far, and trained at all."""
         val_loss, val_bpb = self.evaluate()
-        if val_loss < self.best_val_loss:
+        if self.step > 0 and val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.best_step = self.step
             self.save("best.pt", with_optimizer=False)
@@ -894,7 +894,8 @@ def run_training(manager: TrainManager, overrides: dict) -> None:
         logger.say(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     command = resume_command(manager, overrides)
     if stop_signal:
-        logger.say(f"stopped after update {manager.step}; go on with:  {command}")
+        sample = shlex.join(["python", "sample.py", f"--checkpoint={Path(config.out_dir, 'last.pt')}"])
+        logger.say(f"stopped after update {manager.step}; go on with:  {command}\nsample it with:  {sample}")
     else:
         best = Path(config.out_dir, "best.pt")
         text = manager.sample(400)  # all processes take part, under FSDP
