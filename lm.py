@@ -185,7 +185,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attenti
     G, S = k.shape[1:3]
     if T == 1:  # a single new token may see all tokens: no mask
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=G < H)
-    # On a CPU in bfloat16, `attention` makes a whole training step 1.2 times as fast up to T = 512.
+    # On a CPU in bfloat16, `attention` makes a training step 1.3 times as fast at T = 128, 1.0 at T = 512.
     plain_is_faster = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
     if T == S and not plain_is_faster:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
