@@ -45,8 +45,7 @@ class SampleConfig:
             value = getattr(self, name)
             if not 0 <= value < 2**63:
                 raise ValueError(f"--{name}={value}: must be at least 0 and below {2**63}")
-        # Draw once from a vocabulary of one token: settings out of range are refused before any work.
-        lm.sample_token(torch.zeros(1), self.temperature, self.top_k, self.top_p)
+        lm.check_sampling(self.temperature, self.top_k, self.top_p)
 
 
 def load_model(path: str) -> tuple[TransformerLM, Tokenizer]:
