@@ -532,7 +532,9 @@ def sample_token(  # needs: check_sampling
     probs = torch.softmax(logits / temperature, dim=-1)
     if top_p is not None and top_p < 1:
         before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(before >= top_p, 0.0)
+        removed = before >= top_p
+        removed[..., 0] = False  # always keep the likeliest: a tiny top_p may be rounded to 0
+        probs = probs.masked_fill(removed, 0.0)
     choice = torch.multinomial(probs.view(-1, k), 1, generator=generator)  # rows need not sum to 1
     choice = choice.view(*logits.shape[:-1], 1)
     return tokens.gather(-1, choice).squeeze(-1)

@@ -538,6 +538,7 @@ def test_top_p_keeps_the_smallest_sufficient_set(weights, p):
 @example([0.0] * 5, 1.0, 0, None)
 @example([0.0] * 5, 1.0, None, 0.0)
 @example([0.0] * 5, 1.0, None, 1.1)
+@example([0.0], 1.0, None, 1e-300)  # 0 in float32
 def test_any_sampling_settings_draw_a_token_or_are_refused_where_out_of_range(
     logits, temperature, top_k, top_p
 ):
