@@ -66,6 +66,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
@@ -223,11 +224,15 @@ class RoPE(nn.Module):
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
 
-    def __init__(self, head_dim: int, context_length: int, theta: float = 10000.0):
+    def __init__(
+        self, head_dim: int, context_length: int, theta: float = 10000.0, scaling: dict | None = None
+    ):
+        """scaling: the arguments of `scale_frequencies`, for models that use it; None: as above."""
         super().__init__()
         self.head_dim = head_dim
         self.context_length = context_length
         self.theta = theta
+        self.scaling = scaling
         # Buffers move with the model to another device; persistent=False keeps them out of checkpoints.
         self.register_buffer("cos", torch.empty(context_length, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(context_length, head_dim // 2), persistent=False)
@@ -238,7 +243,10 @@ class RoPE(nn.Module):
         device = self.cos.device
         position = torch.arange(self.context_length, dtype=torch.float32, device=device)
         two_j = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        angle = torch.outer(position, self.theta ** (-two_j / self.head_dim))  # (context_length, K/2)
+        frequency = self.theta ** (-two_j / self.head_dim)  # radians per position, (K/2,)
+        if self.scaling is not None:
+            frequency = self.scale_frequencies(frequency, **self.scaling)
+        angle = torch.outer(position, frequency)  # (context_length, K/2)
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
 
@@ -259,6 +267,27 @@ class RoPE(nn.Module):
         cos = self.cos[start:end].to(q.dtype)  # (T, K/2)
         sin = self.sin[start:end].to(q.dtype)
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+
+    @staticmethod
+    def scale_frequencies(
+        frequency: Tensor,
+        factor: float,
+        low_freq_factor: float,
+        high_freq_factor: float,
+        original_max_position_embeddings: int,
+    ) -> Tensor:
+        """Change the frequencies (K/2,) for a longer context, as Llama 3.1 does. First readers may skip it.
+
+        Llama 3.1 was trained on L = original_max_position_embeddings tokens, and then made to read more. A
+        slow pair would reach angles there that it has never had. So a pair that turns less than
+        low_freq_factor times within L tokens becomes `factor` times slower. One that turns more than
+        high_freq_factor times knows all angles, and stays. In between the two are mixed.
+        Source: Meta, llama-models, 2024, `apply_scaling`. The arguments have the names of Hugging Face.
+        """
+        turns = original_max_position_embeddings * frequency / (2 * math.pi)
+        stay = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        stay = stay.clamp(0, 1)
+        return frequency * (stay + (1 - stay) / factor)
 
 
 # ---------------------------------------------------------------------------- KVCache, MultiheadSelfAttention
@@ -517,8 +546,7 @@ def sample_token(  # needs: check_sampling
     probabilities 0.5 / 0.8 and 0.3 / 0.8.
 
     Raises ValueError for settings out of range, and on a CPU for logits that are NaN. On a GPU that check
-    would make the CPU wait; there torch.multinomial fails with an error of its own, and temperature 0 does
-    not notice.
+    would make the CPU wait: torch.multinomial fails in its own words there, and temperature 0 sees nothing.
     """
     check_sampling(temperature, top_k, top_p)
     if logits.device.type == "cpu" and logits.isnan().any():
@@ -541,8 +569,11 @@ def sample_token(  # needs: check_sampling
 
 
 # --------------------------------------------------------------------------------- ModelConfig, TransformerLM
+ROPE_SCALING = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig:  # needs: ROPE_SCALING
     """The shape of a TransformerLM. Raises ValueError for a shape that cannot be."""
 
     vocab_size: int
@@ -553,6 +584,7 @@ class ModelConfig:
     num_kv_heads: int | None = None  # None: num_heads
     d_ff: int | None = None  # None: 8/3 · d_model. Older feed-forwards: 2 matrices, d_ff = 4 D
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # the arguments of RoPE.scale_frequencies; None: no scaling
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix as embedding and as last Linear saves V · D weights
     dropout: float = 0.0
@@ -575,10 +607,22 @@ class ModelConfig:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; num_heads must be a multiple of it")
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
+        if self.rope_scaling is not None:
+            self.check_rope_scaling()
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def check_rope_scaling(self) -> None:
+        scaling = self.rope_scaling
+        if sorted(scaling) != sorted(ROPE_SCALING):
+            raise ValueError(f"rope_scaling has the entries {sorted(scaling)}, not {sorted(ROPE_SCALING)}")
+        for name, value in scaling.items():
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"rope_scaling: {name} is {value!r}; it must be a number above 0")
+        if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+            raise ValueError("rope_scaling: low_freq_factor must be below high_freq_factor")
 
     @property
     def head_dim(self) -> int:
@@ -594,7 +638,8 @@ class TransformerLM(nn.Module):  # needs: everything above
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        rope = RoPE(config.head_dim, config.context_length, config.rope_theta)
+        self.recompute = False  # see hidden_states
+        rope = RoPE(config.head_dim, config.context_length, config.rope_theta, config.rope_scaling)
         self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList()
         for _ in range(config.num_layers):
@@ -630,13 +675,27 @@ class TransformerLM(nn.Module):  # needs: everything above
             # The one matrix must suit the logits. These are sums of d_model terms: this gives them a variance
             # of 1. As embeddings its vectors are small, but the first RMSNorm makes up for that.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(self.config.d_model))
+            self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make one parameter of embedding and last Linear, if the config asks for it."""
+        if self.config.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight
 
     def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """tokens (B, T), int64 → the residual stream after all blocks and the last norm, (B, T, D)."""
+        """tokens (B, T), int64 → the residual stream after all blocks and the last norm, (B, T, D).
+
+        If self.recompute is true, a block keeps only its input for the backward pass, and computes the rest
+        there again. This saves most of the memory of training, at the cost of about a third more time.
+        """
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if caches is None else caches[i])
+            if caches is not None:
+                x = layer(x, caches[i])
+            elif self.recompute:
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
@@ -721,6 +780,35 @@ class TransformerLM(nn.Module):  # needs: everything above
         for token in self.stream(prompt, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
             tokens.append(token[:, None])
         return torch.cat(tokens, dim=1)
+
+    def to_empty(self, *, device, recurse: bool = True) -> "TransformerLM":
+        """Give a model that was made on the meta device memory, but no weights, as nn.Module.to_empty does.
+
+        What is not a weight is ready then: RoPE's tables are filled, and tied embeddings are tied.
+        """
+        super().to_empty(device=device, recurse=recurse)
+        self.tie_weights()
+        for module in self.modules():
+            if isinstance(module, RoPE):
+                module.reset_parameters()
+        return self
+
+    @classmethod
+    def from_state_dict(cls, config: ModelConfig, state: dict[str, Tensor]) -> "TransformerLM":
+        """The model with these weights. It holds the tensors themselves: no copies, in the dtype they have.
+
+        Raises ValueError if they do not fit the config.
+        """
+        with torch.device("meta"):  # without memory, and so without drawing initial values
+            model = cls(config)
+        model.to_empty(device="cpu")
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())  # in one line
+            raise ValueError(f"the weights do not fit the config: {reason}") from None
+        model.tie_weights()  # loading has made two parameters of them
+        return model
 
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
@@ -1063,12 +1151,21 @@ LLAMA_FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
     "quantization_config": None,
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+}
+# Mistral is a Llama that looks back at most sliding_window tokens, and has other values for missing fields.
+MISTRAL_DEFAULTS = {
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
 }
 
 
 def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int | None = None) -> None:
     # needs: atomic_write, LLAMA_SHAPE, TransformerLM and its needs
-    """Write a folder that Hugging Face's transformers loads as LlamaForCausalLM.
+    """Write a folder that Hugging Face's transformers loads as LlamaForCausalLM, in the model's dtype.
 
     Needs the package safetensors. Raises OSError if a file cannot be written.
     """
@@ -1078,6 +1175,9 @@ def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int
     for theirs, ours, _ in LLAMA_SHAPE:
         fields[theirs] = getattr(model.config, ours)
     fields["rope_theta"] = model.config.rope_theta
+    if model.config.rope_scaling is not None:
+        fields["rope_scaling"] = {"rope_type": "llama3", **model.config.rope_scaling}
+    fields["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     fields["bos_token_id"] = None
     fields["eos_token_id"] = eos_id
     weights = {}
@@ -1089,75 +1189,107 @@ def save_pretrained(model: TransformerLM, folder: str | os.PathLike, eos_id: int
         file.write(json.dumps(fields, indent=2).encode())
 
 
-def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
-    # needs: ModelConfig, LLAMA_SHAPE, LLAMA_FIXED
-    """The shape of the Llama in a Hugging Face folder; `changes` replace fields of ModelConfig.
+def rope_config(fields: dict) -> dict:
+    # needs: ROPE_SCALING
+    """The fields of ModelConfig about RoPE, from those of a config.json, which has two spellings of them."""
+    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"RoPE of type {rope_type!r} is not supported, only 'default' and 'llama3'")
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 is supported")
+    config = {"rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0))}
+    if rope_type == "llama3":
+        rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
+        config["rope_scaling"] = {name: rope.get(name) for name in ROPE_SCALING}
+    return config
 
-    Fields of config.json that do not change what LlamaForCausalLM computes are ignored. Raises OSError if the
-    file cannot be read, ValueError if it is not a Llama's or asks for something that this model does not do.
-    """
-    path = Path(folder, "config.json")
-    try:
-        fields = dict(json.loads(path.read_text(encoding="utf-8")))
-        rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not the config.json of a Llama: {error}") from None
-    if fields.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}; only 'llama' is supported")
+
+def llama_config(fields: dict, changes: dict) -> ModelConfig:
+    # needs: ModelConfig and its needs, LLAMA_SHAPE, LLAMA_FIXED, MISTRAL_DEFAULTS, rope_config
+    """The ModelConfig of the fields of a config.json. Raises ValueError if this model cannot do the same."""
+    model_type = fields.get("model_type")
+    if model_type not in ("llama", "mistral"):
+        raise ValueError(f"model_type is {model_type!r}; only 'llama' and 'mistral' are supported")
+    if model_type == "mistral":
+        fields = {**MISTRAL_DEFAULTS, **fields}
+    for name, supported in LLAMA_FIXED.items():
+        if fields.get(name) not in (None, supported):
+            raise ValueError(f"{name} is {fields[name]!r}; only {supported!r} is supported")
 
     shape = {}
     for theirs, ours, default in LLAMA_SHAPE:
         shape[ours] = fields.get(theirs, default)
-    shape["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
-    shape.update(changes)
-    try:
-        config = ModelConfig(**shape)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the shape of a Llama: {error}") from None
-
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"{path}: RoPE of type {rope_type!r} is not supported, only 'default'")
+    config = ModelConfig(**{**shape, **rope_config(fields), **changes})
     if fields.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"{path}: head_dim is {fields['head_dim']}; only d_model / num_heads is supported")
-    for name, supported in LLAMA_FIXED.items():
-        if fields.get(name) not in (None, supported):
-            raise ValueError(f"{path}: {name} is {fields[name]!r}; only {supported!r} is supported")
+        raise ValueError(f"head_dim is {fields['head_dim']}; only d_model / num_heads is supported")
+    window = fields.get("sliding_window")
+    if model_type == "mistral" and window is not None and window < config.context_length:
+        raise ValueError(f"sliding_window is {window}; it must be null, or at least the context length")
     return config
 
 
-def load_pretrained(folder: str | os.PathLike, **changes) -> TransformerLM:
-    # needs: TransformerLM and its needs, pretrained_config and its needs
-    """The Llama in a Hugging Face folder, in float32; `changes` as in `pretrained_config`.
+def pretrained_config(folder: str | os.PathLike, **changes) -> ModelConfig:
+    # needs: ModelConfig, llama_config and its needs
+    """The shape of the model in a Hugging Face folder; `changes` replace fields of ModelConfig.
 
-    Needs the package safetensors. Raises OSError if a file cannot be read, ValueError if the model cannot be
-    built from it.
+    Fields of config.json that do not change what LlamaForCausalLM computes are ignored. Raises OSError if the
+    file cannot be read, ValueError if it asks for something that this model does not do.
+    """
+    path = Path(folder, "config.json")
+    text = path.read_text(encoding="utf-8")
+    try:
+        return llama_config(dict(json.loads(text)), changes)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the config of a supported model: {error}") from None
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a Hugging Face folder: one, or several that an index names.
+
+    Raises OSError if the index cannot be read, ValueError if it is damaged.
+    """
+    single = Path(folder, "model.safetensors")
+    index = Path(folder, "model.safetensors.index.json")
+    if single.exists() or not index.exists():
+        return [single]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
+    return [Path(folder, name) for name in sorted(names)]
+
+
+def load_pretrained(
+    folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **changes
+) -> TransformerLM:
+    # needs: TransformerLM and its needs, pretrained_config and its needs, weight_files
+    """The Llama in a Hugging Face folder, its weights in this dtype; `changes` as in `pretrained_config`.
+
+    Needs the package safetensors. Weights that have this dtype already stay in the file, from which the
+    operating system reads what is used. Raises OSError if a file cannot be read, ValueError if the model
+    cannot be built from it.
     """
     import safetensors.torch
 
-    folder = Path(folder)
-    model = TransformerLM(pretrained_config(folder, **changes))
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists() and not (folder / "model.safetensors").exists():  # the weights are in several files
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
+    config = pretrained_config(folder, **changes)
     state = {}
-    for file in files:
+    for path in weight_files(folder):
         try:
-            weights = safetensors.torch.load_file(folder / file)
+            weights = safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{folder / file}: not a whole safetensors file ({error})") from None
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
         for name, weight in weights.items():
             if not name.endswith("inv_freq"):  # older files hold RoPE's frequencies too
-                state[name.removeprefix("model.")] = weight
-    if model.config.tie_embeddings and "embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
+                state[name.removeprefix("model.")] = weight.to(dtype)
+    if config.tie_embeddings and "embed_tokens.weight" in state:
+        embedding = state["embed_tokens.weight"]
+        if not torch.equal(state.get("lm_head.weight", embedding), embedding):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+            )
+        state["lm_head.weight"] = embedding
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())  # in one line
-        raise ValueError(f"{folder}: the weights do not fit config.json: {reason}") from None
-    return model
+        return TransformerLM.from_state_dict(config, state)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None

@@ -6,11 +6,11 @@ python prepare.py corpus.jsonl                 # one document in each line: {"te
 curl ... | python prepare.py -                 # standard input
 python prepare.py                              # the source of Python's own standard library
 python prepare.py book.txt --tokenizer=bpe --vocab_size=4096     # learn tokens of several bytes
-python prepare.py book.txt --tokenizer=FOLDER  # the tokenizer of a Hugging Face model
+python prepare.py book.txt --tokenizer=FOLDER  # the tokenizer of a Hugging Face model, or of a checkpoint
 """
 
 # The sections follow the text on its way: documents, tokenizers, token files. The last one holds what the
-# three scripts share: a dataclass as a command line, errors in one line, and the choice of a device.
+# three scripts share: a dataclass as a command line, errors in one line, models, and the choice of a device.
 
 import codecs
 import dataclasses
@@ -38,6 +38,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+import lm
 from lm import atomic_write
 
 
@@ -46,8 +47,9 @@ class PrepareConfig:
     """Every key of `python prepare.py --key=value`; the comments are its --help."""
 
     out_dir: str = "data"  # the folder to write
-    tokenizer: str = "bytes"  # bytes; bpe: learned from the text; or a tokenizer.json, or a folder with one
+    tokenizer: str = "bytes"  # bytes; bpe: learned from the text; or the folder or checkpoint of a model
     vocab_size: int | None = None  # with --tokenizer=bpe: how many tokens to learn; None: 4096
+    special_tokens: bool = False  # read <|im_start|> and the like as the tokens that they name, not as text
     val_fraction: float = 0.1  # share to hold out: every tenth document, or the end of each if they are few
 
     def __post_init__(self):
@@ -58,6 +60,8 @@ class PrepareConfig:
                 raise ValueError(f"--vocab_size={self.vocab_size}: only --tokenizer=bpe learns tokens")
             if not 257 <= self.vocab_size < 2**31:
                 raise ValueError(f"--vocab_size={self.vocab_size}: must be at least 257 and below {2**31}")
+        if self.special_tokens and self.tokenizer in ("bytes", "bpe"):
+            raise ValueError("--special_tokens=True: only the --tokenizer of a model has special tokens")
 
 
 # -------------------------------------------------------------------------------------------------- Documents
@@ -107,7 +111,7 @@ class Corpus:
         doing: what the progress line calls this. whole_documents: leave each document in one piece.
         """
         total_size = sum(path.stat().st_size for path in self.files)
-        progress = Progress(doing, total_size)
+        progress = Progress(doing, total_size / 1e6, "MB")
         every = round(1 / self.val_fraction)
         few_documents = sum(1 for _ in itertools.islice(self.documents(), every)) < every
         for number, (path, file) in enumerate(self.documents(), start=1):
@@ -123,7 +127,7 @@ class Corpus:
             for split, start, end in (("train", 0, cut), ("val", cut, size)):
                 for piece in read_pieces(path, file, split, start, end, block_size):
                     yield piece
-                    progress.add(len(piece.text))
+                    progress.add(len(piece.text) / 1e6)
 
 
 def parse_line(line: bytes, where: str) -> bytes:
@@ -165,26 +169,27 @@ def read_pieces(
 
 
 class Progress:
-    """Says how far the work is: after a second, then every second on a terminal, every minute in a log."""
+    """Says how far the work is: every second on a terminal; in a log after ten seconds, then every minute."""
 
-    def __init__(self, what: str, total_size: int):
+    def __init__(self, what: str, total: float, unit: str):
         self.what = what
-        self.total_size = total_size  # in bytes
-        self.done = 0
+        self.total = total
+        self.unit = unit
+        self.done = 0.0
         self.start_time = time.perf_counter()
-        self.next_report = 1.0  # seconds after the start
+        self.next_report = 1 if sys.stderr.isatty() else 10  # seconds after the start
 
-    def add(self, size: int) -> None:
-        self.done += size
+    def add(self, amount: float) -> None:
+        self.done += amount
         seconds = time.perf_counter() - self.start_time
         if seconds < self.next_report:
             return
         self.next_report = seconds + (1 if sys.stderr.isatty() else 60)
-        speed = max(1, self.done) / seconds
-        left = max(0, int((self.total_size - self.done) / speed))
+        speed = max(1e-9, self.done) / seconds
+        left = max(0, int((self.total - self.done) / speed))
         show_progress(
-            f"{self.what} {self.done / 1e6:,.0f} of {self.total_size / 1e6:,.0f} MB"
-            f"  {speed / 1e6:,.1f} MB/s  {left // 60}:{left % 60:02} left"
+            f"{self.what} {self.done:,.0f} of {self.total:,.0f} {self.unit}"
+            f"  {speed:,.1f} {self.unit}/s  {left // 60}:{left % 60:02} left"
         )
 
 
@@ -257,6 +262,7 @@ class Tokenizer:
 
     vocab_size: int
     eos_id: int  # the token that ends a document
+    eos_name: str  # its name in a tokenizer.json
     start_ids: tuple[int, ...] = ()  # the tokens that begin one, as Llama 2's <s>
     table: list[bytes]  # the bytes that each token stands for
     spec: dict  # all that load_tokenizer needs to make the same tokenizer
@@ -278,6 +284,7 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 256
     eos_id = 0  # a byte that text does not use
+    eos_name = chr(256)  # see visible_bytes
 
     def __init__(self):
         self.table = [bytes([byte]) for byte in range(256)]
@@ -308,6 +315,14 @@ def visible_bytes() -> dict[str, int]:
 
 VISIBLE_BYTES = visible_bytes()
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # in GPT-2, Llama 3, Llama 2, Gemma
+# What the folder of a Hugging Face model says about its tokens beside tokenizer.json. Nothing here reads it,
+# but a fine-tuned model that is exported gets it back.
+SETTINGS_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class BPETokenizer(Tokenizer):
@@ -318,13 +333,17 @@ class BPETokenizer(Tokenizer):
     arXiv:1508.07909.
     """
 
-    def __init__(self, text: str, eos_id: int | None = None):
-        """text: the content of a tokenizer.json. Raises ValueError if it cannot be used."""
+    def __init__(self, spec: dict):
+        """spec: "json" is the content of a tokenizer.json; the other entries may be left out.
+
+        If "special_tokens" is true, "<|endoftext|>" in a text is the token of this name; else it is text like
+        any other. Raises ValueError if the tokenizer cannot be used.
+        """
         import tokenizers
 
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text)
-            decoder = json.dumps(json.loads(text)["decoder"])
+            self.tokenizer = tokenizers.Tokenizer.from_str(spec["json"])
+            decoder = json.dumps(json.loads(spec["json"])["decoder"])
         except Exception as error:  # the package raises no narrower type
             raise ValueError(f"not a tokenizer.json: {error}") from None
         # Two kinds of tokenizer keep every byte. GPT-2's writes each byte as a visible character. Llama 2's
@@ -333,7 +352,7 @@ class BPETokenizer(Tokenizer):
         if not self.byte_level and "ByteFallback" not in decoder:
             raise ValueError("its tokens do not stand for bytes; such a tokenizer is not supported")
         self.whole_documents = not self.byte_level
-        self.tokenizer.encode_special_tokens = True  # in a text, "<|endoftext|>" is text like any other
+        self.tokenizer.encode_special_tokens = not spec.get("special_tokens")  # True means: as text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
@@ -341,10 +360,13 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = max(names) + 1
         self.table = [self.spell(names.get(token, "")) for token in range(self.vocab_size)]
         self.start_ids = tuple(self.tokenizer.encode("").ids)
-        self.eos_id = self.find_eos_id() if eos_id is None else eos_id
+        self.eos_id = spec.get("eos_id")
+        if self.eos_id is None:
+            self.eos_id = self.find_eos_id()
         if self.eos_id not in names:
             raise ValueError(f"eos_token_id is {self.eos_id}: it has no such token; name one in config.json")
-        self.spec = {"kind": "bpe", "eos_id": self.eos_id, "json": text}
+        self.eos_name = names[self.eos_id]
+        self.spec = {**spec, "kind": "bpe", "eos_id": self.eos_id}
 
     def find_eos_id(self) -> int | None:
         for name in EOS_NAMES:
@@ -384,28 +406,46 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     tokenizer.train_from_iterator(
         texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=["<|endoftext|>"]
     )
-    return BPETokenizer(tokenizer.to_str(), eos_id=0)
+    return BPETokenizer({"json": tokenizer.to_str(), "eos_id": 0})
 
 
-def find_tokenizer(path: str) -> BPETokenizer:
-    """The tokenizer of a tokenizer.json, or of the folder of a Hugging Face model.
+def find_tokenizer(path: str | Path, special_tokens: bool | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, of a tokenizer.json, or of a checkpoint.
 
+    special_tokens: whether their names in a text are these tokens; None: as in the data of the checkpoint.
     Raises OSError if the file cannot be read, ValueError if it cannot be used.
     """
     file = Path(path)
-    if file.is_dir():
+    if file.is_dir() and (file / "tokenizer.json").exists():
         file = file / "tokenizer.json"
-    text = file.read_text(encoding="utf-8")
-    eos_id = None
-    for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
-        if eos_id is None and config.exists():
-            eos_id = read_json(config).get("eos_token_id")
-    if isinstance(eos_id, list):  # chat models have further ones, which end a turn
-        eos_id = eos_id[0]
+    elif file.is_dir():  # that of a run
+        file = find_model(path)
+    if file.is_dir():
+        raise ValueError(f"{path}: has no tokenizer.json")
+    if file.suffix == ".json":
+        spec = read_tokenizer_json(file)
+    else:
+        spec = dict(read_checkpoint(file)["tokenizer"])
+    if special_tokens is not None:
+        spec["special_tokens"] = special_tokens
     try:
-        return BPETokenizer(text, eos_id)
+        return load_tokenizer(spec)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def read_tokenizer_json(file: Path) -> dict:
+    """The spec of a BPETokenizer: a tokenizer.json, and what the files beside it say about its tokens."""
+    spec = {"kind": "bpe", "json": file.read_text(encoding="utf-8"), "settings": {}}
+    for name in SETTINGS_FILES:
+        if file.with_name(name).exists():
+            spec["settings"][name] = file.with_name(name).read_text(encoding="utf-8")
+    for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
+        if spec.get("eos_id") is None and config.exists():
+            spec["eos_id"] = read_json(config).get("eos_token_id")
+    if isinstance(spec.get("eos_id"), list):  # chat models have further ones, which end a turn
+        spec["eos_id"] = spec["eos_id"][0]
+    return spec
 
 
 def load_tokenizer(spec: dict) -> Tokenizer:
@@ -414,8 +454,13 @@ def load_tokenizer(spec: dict) -> Tokenizer:
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
-        return BPETokenizer(spec["json"], spec["eos_id"])
+        return BPETokenizer(spec)
     raise ValueError(f"the tokenizer is of the kind {kind!r}; only bytes and bpe are known")
+
+
+def same_tokens(spec: dict, other: dict) -> bool:
+    """Whether two tokenizers mean the same by each token, though one may read special tokens as text."""
+    return all(spec.get(key) == other.get(key) for key in ("kind", "json", "eos_id"))
 
 
 # ------------------------------------------------------------------------------------------------ Token files
@@ -514,8 +559,7 @@ def load_meta(data_dir: str) -> dict:
                 raise ValueError(f"{path}: has no {key}; prepare the data again:  {command}")
         spec = meta["tokenizer"]
         if spec["kind"] == "bpe":
-            text = path.with_name("tokenizer.json").read_text(encoding="utf-8")
-            meta["tokenizer"] = {"kind": "bpe", "eos_id": spec["eos_id"], "json": text}
+            spec["json"] = path.with_name("tokenizer.json").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename}: not there; make it:  {command}") from None
     return meta
@@ -534,7 +578,7 @@ def make_tokenizer(config: PrepareConfig, corpus: Corpus) -> Tokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer != "bpe":
-        return find_tokenizer(config.tokenizer)
+        return find_tokenizer(config.tokenizer, config.special_tokens)
     pieces = corpus.pieces("learning tokens from")
     texts = (piece.decode() for piece in pieces if piece.split == "train")
     return train_tokenizer(texts, config.vocab_size or 4096)
@@ -684,6 +728,67 @@ def show_progress(line: str) -> None:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif line:
         print(line, file=sys.stderr, flush=True)
+
+
+def find_model(path: str | Path) -> Path:
+    """The checkpoint, or the folder of a Hugging Face model, that a path on the command line means.
+
+    The folder of a run means its best.pt, or its last.pt where there is no best. Raises ValueError for
+    anything else, and says what to do.
+    """
+    path = str(path)
+    place = Path(path)
+    if place.is_file():
+        return place
+    if not place.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and place.suffix != ".pt":
+            command = shlex.join(["hf", "download", path, "--local-dir", place.name])
+            raise ValueError(f"{path}: not a folder; if it is a model on Hugging Face, fetch it:  {command}")
+        raise ValueError(f"{path}: not there; train a model:  python train.py  or name another one")
+    for name in ("best.pt", "last.pt"):
+        if (place / name).exists():
+            return place / name
+    if (place / "adapter_config.json").exists():
+        raise ValueError(f"{path}: an adapter, not a model; merge it first, with peft's merge_and_unload()")
+    if not (place / "config.json").exists():
+        raise ValueError(f"{path}: has no best.pt, as a run of train.py, and no config.json, as a Llama has")
+
+    weights = lm.weight_files(place)[0]
+    command = shlex.join(["hf", "download", "OWNER/NAME", "--local-dir", path])
+    if not weights.exists():
+        others = sorted(file.name for file in place.glob("*.bin"))
+        found = f", but {others[0]}, which may contain code" if others else ""
+        raise ValueError(f"{path}: has no {weights.name}{found}; fetch a model that has it:  {command}")
+    with open(weights, "rb") as file:
+        if file.read(20) == b"version https://git-":
+            raise ValueError(f"{weights}: only a pointer of git-lfs; fetch the weights:  {command}")
+    return place
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of train.py. Its tensors stay in the file until they are used."""
+    state = lm.CheckpointHandler(path.parent).load(path.name)
+    for key in ("model", "model_config", "tokenizer"):
+        if key not in state:
+            raise ValueError(f"{path}: not a checkpoint of this version of train.py: it has no {key}")
+    return state
+
+
+def load_config(path: Path) -> lm.ModelConfig:
+    """The shape of the model at a path that find_model has returned."""
+    if path.is_dir():
+        return lm.pretrained_config(path)
+    return lm.ModelConfig(**read_checkpoint(path)["model_config"])
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32, **changes) -> lm.TransformerLM:
+    """The model at a path that find_model has returned; `changes` replace fields of its ModelConfig."""
+    if path.is_dir():
+        return lm.load_pretrained(path, dtype, **changes)
+    state = read_checkpoint(path)
+    config = lm.ModelConfig(**{**state["model_config"], **changes})
+    weights = {name: weight.to(dtype) for name, weight in state["model"].items()}
+    return lm.TransformerLM.from_state_dict(config, weights)
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

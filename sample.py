@@ -28,7 +28,7 @@ from prepare import Tokenizer
 class SampleConfig:
     """Every key of `python sample.py --key=value`; the comments are its --help."""
 
-    checkpoint: str = "out/best.pt"  # what train.py saved, or the folder of a Hugging Face Llama
+    checkpoint: str = "out"  # the folder of a run, or one of its files; or a Hugging Face folder
     export: str | None = None  # write the model to this folder, for transformers, instead of sampling
     prompt: str | None = None  # text to continue; @FILE reads it from a file, - from standard input
     max_new_tokens: int = 500  # tokens to add
@@ -46,21 +46,6 @@ class SampleConfig:
             if not 0 <= value < 2**63:
                 raise ValueError(f"--{name}={value}: must be at least 0 and below {2**63}")
         lm.check_sampling(self.temperature, self.top_k, self.top_p)
-
-
-def load_model(path: str) -> tuple[TransformerLM, Tokenizer]:
-    """The model and the tokenizer of a checkpoint or of a Hugging Face folder, on the CPU."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: not there; train a model:  python train.py  or name another --checkpoint")
-    if Path(path).is_dir():
-        return lm.load_pretrained(path).eval(), prepare.find_tokenizer(path)
-    state = lm.CheckpointHandler(Path(path).parent).load(Path(path).name)
-    for key in ("model", "model_config", "tokenizer"):
-        if key not in state:
-            raise ValueError(f"{path}: not a checkpoint of this version of train.py: it has no {key}")
-    model = TransformerLM(lm.ModelConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
-    return model.eval(), prepare.load_tokenizer(state["tokenizer"])
 
 
 def read_prompts(prompt: str | None) -> Iterator[bytes]:
@@ -137,11 +122,12 @@ def print_samples(
 
 def export_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
     """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
+    files = dict(tokenizer.spec.get("settings", {}))  # as they came with the base of a fine-tuned model
     if tokenizer.spec["kind"] == "bpe":
-        content = tokenizer.spec["json"]
+        files["tokenizer.json"] = tokenizer.spec["json"]
     else:
         as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        content = json.dumps(
+        files["tokenizer.json"] = json.dumps(
             {
                 "version": "1.0",
                 "added_tokens": [],
@@ -150,17 +136,19 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
                 "model": {"type": "BPE", "vocab": prepare.VISIBLE_BYTES, "merges": []},
             }
         )
-    # No end-of-text token is declared here, or its name would be found in texts: config.json has its id.
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": True,  # in a text, the name of a special token is text
+        "bos_token": tokenizer.eos_name,
+        "eos_token": tokenizer.eos_name,
     }
-    files = {
-        "tokenizer.json": content,
-        "tokenizer_config.json": json.dumps(settings),
-        "generation_config.json": json.dumps({"eos_token_id": tokenizer.eos_id}),
-    }
+    if "tokenizer_config.json" in files:
+        settings = json.loads(files["tokenizer_config.json"])
+    # This class takes tokenizer.json as it is, in every version of transformers.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    files["tokenizer_config.json"] = json.dumps(settings, indent=2)
+    files.setdefault("generation_config.json", json.dumps({"eos_token_id": tokenizer.eos_id}))
     for name, text in files.items():
         with lm.atomic_write(Path(folder, name)) as file:
             file.write(text.encode())
@@ -168,14 +156,17 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
 
 def main(argv: list[str]) -> None:
     config = SampleConfig(**prepare.parse_args(SampleConfig, argv, __doc__))
-    model, tokenizer = load_model(config.checkpoint)
+    path = prepare.find_model(config.checkpoint)
+    tokenizer = prepare.find_tokenizer(path)
     if config.export:
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = prepare.load_model(path, dtype)
         lm.save_pretrained(model, config.export, tokenizer.eos_id)
         export_tokenizer(tokenizer, config.export)
         print(f"{config.export}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
         return
     device, dtype = prepare.pick_device(config.device, config.dtype)
-    model.to(device, dtype)
+    model = prepare.load_model(path, dtype).to(device).eval()
     generator = Generator(device).manual_seed(config.seed)
     for prompt in read_prompts(config.prompt):
         print_samples(model, tokenizer, prompt, config, generator)

@@ -3,7 +3,7 @@
 python train.py                                # a default model on Python's standard library, in minutes
 python train.py --data_dir=data-notes --out_dir=out-notes --max_steps=5000
 python train.py --resume=True                  # go on from out/last.pt
-python train.py --init_from=FOLDER --data_dir=data-mine --out_dir=out-mine    # fine-tune a Hugging Face Llama
+python train.py --init_from=MODEL --data_dir=data-mine --out_dir=out-mine    # fine-tune a model
 torchrun --standalone --nproc_per_node=8 train.py --resume=auto    # the same run, on eight GPUs
 """
 
@@ -41,8 +41,8 @@ class TrainConfig:
     data_dir: str = "data"  # folder with train.bin, val.bin and meta.json, made by prepare.py
     out_dir: str = "out"  # folder for last.pt, best.pt and metrics.jsonl
     resume: Literal["auto", True, False] = False  # go on from out_dir/last.pt; auto: if it is there
-    init_from: str | None = None  # folder of a Hugging Face Llama to fine-tune; None: a fresh model
-    # The model, as in lm.ModelConfig. With init_from it is the folder's.
+    init_from: str | None = None  # a Hugging Face folder or a checkpoint, to fine-tune; None: a fresh model
+    # The model, as in lm.ModelConfig. With init_from it is the one that is there.
     vocab_size: int | None = None  # None: the tokenizer's
     context_length: int = 128  # tokens of a training window; with init_from: the model's, at most 512
     d_model: int = 128  # width of the residual stream
@@ -66,13 +66,14 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of the weights, the order of the data and dropout
     # What is reported and saved, and how often
-    log_interval: int = 50  # updates between lines
-    eval_interval: int = 500  # updates between evaluations; each saves a checkpoint before it begins
+    log_interval: int | None = None  # updates between lines; None: a 50th of max_steps, at most 50
+    eval_interval: int | None = None  # updates between evaluations; None: a 5th of max_steps, at most 500
     eval_tokens: int = 131072  # validation tokens of an evaluation, spread over the file; 0: all
-    checkpoint_interval: int = 500  # updates between checkpoints
+    checkpoint_interval: int | None = None  # updates between checkpoints; None: one at each evaluation
     wandb_project: str | None = None  # log to this project of Weights & Biases too
     # The machine: these are not part of the run, so that it can be resumed on another machine
-    micro_batch_size: int | None = None  # windows that the device holds at once; None: batch_size
+    micro_batch_size: int | None = None  # windows held at once; None: all, but 1 for large models on a CPU
+    recompute: bool = False  # keep less for the backward pass: less memory, a third more time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
@@ -84,6 +85,12 @@ class TrainConfig:
             self.max_lr = 1e-4 if self.init_from else 3e-3
         if self.warmup_steps is None:
             self.warmup_steps = self.max_steps // 20
+        if self.log_interval is None:
+            self.log_interval = min(50, max(1, self.max_steps // 50))
+        if self.eval_interval is None:
+            self.eval_interval = min(500, max(1, self.max_steps // 5))
+        if self.checkpoint_interval is None:
+            self.checkpoint_interval = self.eval_interval
         intervals = ("log_interval", "eval_interval", "checkpoint_interval")
         for name in ("max_steps", "batch_size", "micro_batch_size", *intervals):
             value = getattr(self, name)
@@ -109,6 +116,12 @@ class TrainConfig:
         """Whether to evaluate after update `step`. A run begins, at 0, and ends with an evaluation."""
         return step % self.eval_interval == 0 or step >= self.max_steps
 
+    def evaluations_left(self, step: int) -> int:
+        """How many evaluations come after update `step`."""
+        if step >= self.max_steps:
+            return 0
+        return (self.max_steps - 1) // self.eval_interval - step // self.eval_interval + 1  # and the last
+
     def resolve_shape(self, meta: dict) -> None:
         """Fill in the keys of the model that are None, for the data that meta.json describes."""
         if self.vocab_size is None:
@@ -127,7 +140,7 @@ KEYS = [field.name for field in dataclasses.fields(TrainConfig)]
 MODEL_KEYS = [field.name for field in dataclasses.fields(lm.ModelConfig) if field.name in KEYS]
 # A resumed run takes the keys of the machine from the command line alone. It keeps the fixed ones as they
 # were. All others are those of the checkpoint, unless the command line has them.
-MACHINE_KEYS = ["out_dir", "resume", "micro_batch_size", "device", "dtype", "compile", "fsdp"]
+MACHINE_KEYS = ["out_dir", "resume", "micro_batch_size", "recompute", "device", "dtype", "compile", "fsdp"]
 FIXED_KEYS = [*MODEL_KEYS, "init_from", "batch_size", "seed"]
 
 
@@ -138,8 +151,7 @@ class Logger:
     def __init__(self, config: TrainConfig, step: int, wandb_id: str | None = None):
         """Go on after update `step`. wandb_id: the run at Weights & Biases to go on with; None: a new one."""
         self.config = config
-        self.first_step = step
-        self.start_time = time.perf_counter()
+        self.evaluation_seconds = 0.0  # how long the last one took
         self.wandb = None
         self.wandb_id = wandb_id
         if config.wandb_project:
@@ -207,17 +219,28 @@ class Logger:
     def progress(self, step: int, values: dict) -> None:
         """Report the updates of one interval."""
         self.record(step, values)
-        max_steps = self.config.max_steps
-        seconds = time.perf_counter() - self.start_time
-        left = int(seconds / (step - self.first_step) * (max_steps - step))
+        c = self.config
+        max_steps = c.max_steps
+        tokens_left = (max_steps - step) * c.batch_size * c.context_length
+        seconds_left = tokens_left / values["tokens_per_second"]
+        left = int(seconds_left + c.evaluations_left(step) * self.evaluation_seconds)
         text = f"step {step}/{max_steps}  train_loss {values['train_loss']:.3f}  lr {values['lr']:.2e}"
         text += f"  grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
         if values.get("skipped"):  # in float16
             text += f"  skipped {values['skipped']}"
         self.say(f"{text}  {left // 60}:{left % 60:02} left", passing=True)
 
-    def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str) -> None:
-        """Report an evaluation. text: what the model writes now."""
+    def first_update(self, step: int, seconds: float) -> None:
+        """Say how long the first update of this start took: if it is long, so is the wait for a line."""
+        interval = self.config.log_interval
+        following = min(self.config.max_steps, (step // interval + 1) * interval)
+        self.say(
+            f"step {step} took {seconds:.1f} s; the next line comes after step {following}", passing=True
+        )
+
+    def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str, seconds: float) -> None:
+        """Report an evaluation, which took so many seconds. text: what the model writes now."""
+        self.evaluation_seconds = seconds
         self.record(step, {"val_loss": val_loss, "val_bpb": val_bpb})
         losses = f"val_loss {val_loss:.4f} nats  val_bpb {val_bpb:.4f} bits/byte"
         self.say(f"step {step}/{self.config.max_steps}  {losses}  {text!r}")
@@ -257,7 +280,10 @@ class NullLogger:
     def progress(self, step: int, values: dict) -> None:
         pass
 
-    def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str) -> None:
+    def first_update(self, step: int, seconds: float) -> None:
+        pass
+
+    def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str, seconds: float) -> None:
         pass
 
     def close(self) -> None:
@@ -354,20 +380,57 @@ class TrainManager:
     def build_model(self, state: dict | None) -> None:
         """Make the model, and the module that computes its loss."""
         c = self.config
-        torch.manual_seed(c.seed)
-        if state is not None:
-            self.model = lm.TransformerLM(lm.ModelConfig(**state["model_config"]))
-        elif c.init_from:
-            self.model = lm.load_pretrained(c.init_from, dropout=c.dropout)
+        if c.fsdp:  # the whole model may not fit here: make its shape alone; the weights come below
+            with torch.device("meta"):
+                self.model = lm.TransformerLM(self.model_config(state))
         else:
-            self.model = lm.TransformerLM(c.model_config())
+            self.model = self.whole_model(state)
+        self.model.recompute = c.recompute
         self.compute_loss = LossModule(self.model)
-        if not c.fsdp:  # with FSDP the whole model may not fit on the device
+        if not c.fsdp:
             self.compute_loss.to(self.device)
             if self.compile:
                 self.compute_loss.compile()
         if dist.is_initialized():
             self.compute_loss = parallelize(self.compute_loss, self.device, self.dtype, c.fsdp, self.compile)
+        if c.fsdp:
+            self.hand_out_weights(state)
+        self.micro_batch_size = c.micro_batch_size
+        if self.micro_batch_size is None:
+            self.micro_batch_size = c.batch_size // self.world_size
+            num_params = sum(param.numel() for param in self.model.parameters())
+            if self.device.type == "cpu" and num_params >= 50e6:
+                self.micro_batch_size = 1  # enough work for all cores; more windows would only take memory
+
+    def model_config(self, state: dict | None) -> lm.ModelConfig:
+        """The shape of the model that this run begins or goes on with."""
+        c = self.config
+        if state is not None:
+            return lm.ModelConfig(**state["model_config"])
+        if c.init_from:
+            model_config = prepare.load_config(prepare.find_model(c.init_from))
+            return dataclasses.replace(model_config, dropout=c.dropout)
+        return c.model_config()
+
+    def whole_model(self, state: dict | None) -> lm.TransformerLM:
+        """The model, with its weights, on the CPU."""
+        c = self.config
+        if state is not None:
+            weights = {name: weight.clone() for name, weight in state["model"].items()}  # out of the file
+            return lm.TransformerLM.from_state_dict(self.model_config(state), weights)
+        if c.init_from:
+            return prepare.load_model(prepare.find_model(c.init_from), dropout=c.dropout)
+        torch.manual_seed(c.seed)
+        return lm.TransformerLM(c.model_config())
+
+    def hand_out_weights(self, state: dict | None) -> None:
+        """Under FSDP: the first process makes the whole model, and sends each process its share."""
+        self.model.to_empty(device=self.device)
+        weights = {}
+        if self.rank == 0:
+            weights = self.whole_model(state).state_dict()
+        options = full_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        full_state.set_model_state_dict(self.model, weights, options=options)
 
     def build_optimizer(self) -> None:
         """Make the optimizer, and the scaler that float16 needs."""
@@ -391,6 +454,7 @@ class TrainManager:
         c = self.config
         loss_sum = torch.zeros((), device=self.device)  # over the updates since the last line
         num_losses = 0
+        first_step = self.step + 1
         self.restart_clock()
         while True:
             # Evaluate, the first time before the first update. An evaluation takes long: save before it.
@@ -405,6 +469,9 @@ class TrainManager:
             batch_loss, grad_norm = self.update()
             loss_sum += batch_loss
             num_losses += 1
+            if self.step == first_step:
+                loss_sum.item()  # wait for the device
+                logger.first_update(self.step, time.perf_counter() - self.clock_time)
 
             # Log the mean loss since the last line: that of a single batch is too noisy to show a trend.
             if self.step % c.log_interval == 0 or self.step == c.max_steps:
@@ -463,10 +530,9 @@ class TrainManager:
             group["lr"].fill_(self.lr())
 
         # The gradients of the micro-batches add up to that of the batch.
-        micro_batch_size = c.micro_batch_size or len(x)
         batch_loss = torch.zeros((), device=self.device)
-        for start in range(0, len(x), micro_batch_size):
-            end = min(start + micro_batch_size, len(x))
+        for start in range(0, len(x), self.micro_batch_size):
+            end = min(start + self.micro_batch_size, len(x))
             self.seed_dropout(start)
             if self.world_size > 1:  # DDP averages over the processes once, in the last backward pass
                 self.compute_loss.require_backward_grad_sync = end == len(x)
@@ -509,12 +575,14 @@ class TrainManager:
 
     def validate(self, logger: Logger | NullLogger) -> None:
         """Evaluate, report, and keep the model as best.pt if it is the best so far, and trained at all."""
+        start_time = time.perf_counter()
         val_loss, val_bpb = self.evaluate()
         if self.step > 0 and val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.best_step = self.step
             self.save("best.pt", with_optimizer=False)
-        logger.evaluation(self.step, val_loss, val_bpb, self.sample(60))
+        text = self.sample(60)
+        logger.evaluation(self.step, val_loss, val_bpb, text, time.perf_counter() - start_time)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -525,8 +593,9 @@ class TrainManager:
             count = min(count, max(1, c.eval_tokens // c.context_length))
         indices = np.arange(count) * len(self.val_data) // count  # spread over the file
         # The processes take rows in turn. Without gradients, more rows fit in memory than in training.
-        rows = 4 * (c.micro_batch_size or c.batch_size // self.world_size)
+        rows = 4 * self.micro_batch_size
         total = 0.0
+        progress = prepare.Progress("evaluating", count, "windows")
         self.model.eval()
         for start in range(0, count, rows * self.world_size):
             mine = indices[start + self.rank * rows :][:rows]
@@ -535,6 +604,8 @@ class TrainManager:
             with self.autocast:
                 mean_loss = self.model.loss(self.to_device(x), self.to_device(y)).item()
             total += mean_loss * len(mine)
+            if self.rank == 0:
+                progress.add(min(rows * self.world_size, count - start))
         self.model.train()
         val_loss = all_reduce(total) / count
         tokens_per_byte = self.meta["val_tokens"] / self.meta["val_bytes"]
@@ -590,9 +661,11 @@ class TrainManager:
         self.saved_step = self.step
 
     def load(self, state: dict) -> None:
-        """Go on from a checkpoint. Each process takes what it holds: all of it, or its share under FSDP."""
+        """Go on from a checkpoint, whose weights the model has already.
+
+        Each process takes what it holds of the optimizer's state: all of it, or its share under FSDP.
+        """
         options = full_state.StateDictOptions(full_state_dict=True)
-        full_state.set_model_state_dict(self.model, state["model"], options=options)
         # The groups of the checkpoint hold the lr, betas and weight decay of its time; keep those of now.
         groups = self.optimizer.param_groups
         full_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
@@ -726,34 +799,37 @@ def find_run(overrides: dict) -> tuple[TrainConfig, str | None]:
 
 def new_config(overrides: dict) -> TrainConfig:
     """The config of a fresh run. If it fine-tunes a model, it has that model's shape."""
-    folder = overrides.get("init_from")
-    if not folder:
+    init_from = overrides.get("init_from")
+    if init_from is None:
         return TrainConfig(**overrides)
-    shape = dataclasses.asdict(lm.pretrained_config(folder))
+    shape = dataclasses.asdict(prepare.load_config(prepare.find_model(init_from)))
     values = dict(overrides)
     values.setdefault("context_length", min(shape["context_length"], 512))
     for key in MODEL_KEYS:
+        if key == "dropout":  # of the training, not of the model
+            continue
         value = values.setdefault(key, shape[key])
-        is_ours = key == "dropout"  # no part of a model in a folder
         is_shorter = key == "context_length" and value < shape[key]
-        if value != shape[key] and not is_ours and not is_shorter:
-            raise ValueError(f"--{key}={value}: the model in {folder} has {shape[key]}")
+        if value != shape[key] and not is_shorter:
+            raise ValueError(f"--{key}={value}: the model in {init_from} has {shape[key]}")
     return TrainConfig(**values)
 
 
 def prepare_data(config: TrainConfig, overrides: dict) -> None:
     """Prepare the default corpus if a fresh run names no data, and check that the tokens are the model's."""
     data_dir = config.data_dir
-    folder = config.init_from
+    init_from = config.init_from
     if "data_dir" not in overrides and not Path(data_dir, "meta.json").exists():
         print(f"no data in {data_dir}/ yet: preparing the source of Python's standard library")
-        prepare.main([f"--out_dir={data_dir}", f"--tokenizer={folder or 'bytes'}"])
-    if folder and prepare.find_tokenizer(folder).spec != prepare.load_meta(data_dir)["tokenizer"]:
-        command = shlex.join(
-            ["python", "prepare.py", "TEXT", f"--tokenizer={folder}", f"--out_dir={data_dir}"]
-        )
+        prepare.main([f"--out_dir={data_dir}", f"--tokenizer={init_from or 'bytes'}"])
+    if init_from is None:
+        return
+    spec = prepare.find_tokenizer(init_from).spec
+    if not prepare.same_tokens(spec, prepare.load_meta(data_dir)["tokenizer"]):
+        command = ["python", "prepare.py", "TEXT", f"--tokenizer={init_from}", f"--out_dir={data_dir}"]
+        again = shlex.join(command)
         raise ValueError(
-            f"--data_dir={data_dir}: not in the tokens of {folder}; prepare it again:  {command}"
+            f"--data_dir={data_dir}: not in the tokens of {init_from}; prepare it again:  {again}"
         )
 
 
@@ -769,7 +845,9 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
         before = getattr(config, key)
         if overrides.get(key, before) != before:
             raise ValueError(f"--{key}={overrides[key]}: the run in {out_dir} has {before} and keeps it")
+    before = config
     config = dataclasses.replace(config, **overrides)
+    say_if_lr_rises(before, config, state["step"])
 
     meta = prepare.load_meta(config.data_dir)
     if state["tokenizer"] != meta["tokenizer"]:
@@ -780,6 +858,24 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
             raise ValueError(f"{changed}; to go on all the same, add --data_dir={config.data_dir}")
         print(f"warning: {changed}")
     return config, checkpoint
+
+
+def say_if_lr_rises(before: TrainConfig, config: TrainConfig, step: int) -> None:
+    """Warn if a longer schedule, or a higher one, raises the learning rate of a run at update `step`."""
+    rates = []
+    for c in (before, config):
+        rates.append(lm.lr_cosine_schedule(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.max_steps))
+    if rates[1] > rates[0]:
+        print(f"warning: with the keys given, lr rises from {rates[0]:.2e} to {rates[1]:.2e}")
+
+
+def is_finished(config: TrainConfig, step: int) -> bool:
+    """Whether the run in out_dir, which has made `step` updates, has made its last evaluation too."""
+    path = Path(config.out_dir, "metrics.jsonl")
+    if step < config.max_steps or not path.exists():
+        return False
+    last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    return last["step"] == step and "val_loss" in last
 
 
 def find_checkpoint(out_dir: str) -> tuple[str, dict]:
@@ -836,6 +932,7 @@ def describe(manager: TrainManager) -> str:
     num_params = sum(param.numel() for param in manager.params)
     tokens = c.max_steps * c.batch_size * c.context_length
     flops = tokens * flops_per_token(manager.model, c.context_length)
+    going_on = f", going on after update {manager.step:,}" if manager.step > 0 else ""
     machine = f"{manager.device}, {manager.dtype_name}, {'compiled' if manager.compile else 'eager'}"
     if manager.world_size > 1:
         machine += f", {manager.world_size} processes, {'FSDP' if c.fsdp else 'DDP'}"
@@ -844,7 +941,7 @@ def describe(manager: TrainManager) -> str:
         f"{shape.num_heads} heads\n"
         f"data     {meta['train_tokens']:,} tokens of {meta['source']}\n"
         f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {tokens:,} tokens, "
-        f"{tokens / meta['train_tokens']:.2f} epochs, {flops:.2e} FLOP\n"
+        f"{tokens / meta['train_tokens']:.2f} epochs, {flops:.2e} FLOP{going_on}\n"
         f"machine  {machine}\n"
         f"A loss of {math.log(c.vocab_size):.2f} nats, ln({c.vocab_size}), is a blind guess."
     )
@@ -877,39 +974,42 @@ def resume_command(manager: TrainManager, overrides: dict) -> str:
     return shlex.join(words)
 
 
-def run_training(manager: TrainManager, overrides: dict) -> None:
-    """Train to the end, or until a signal asks to stop, which the exit status then tells."""
+def run_training(manager: TrainManager, overrides: dict) -> int:
+    """Train to the end, or until a signal asks to stop. Return the number of that signal, or 0."""
     config = manager.config
+    command = resume_command(manager, overrides)
+    train_on = f"{command} --max_steps={2 * config.max_steps}"
+    first_process = manager.rank == 0
+    if broadcast(is_finished(config, manager.step)):
+        if first_process:
+            print(f"{config.out_dir} holds a finished run of {manager.step:,} updates; train on:  {train_on}")
+        return 0
+
     logger = NullLogger()
-    if manager.rank == 0:
+    if first_process:
         logger = Logger(config, manager.step, manager.wandb_id)
         manager.wandb_id = logger.wandb_id
     logger.say(describe(manager))
     stop_on_signals(manager)
+    steps_before = manager.step
     start_time = time.perf_counter()
     stop_signal = manager.train(logger)
     seconds = int(time.perf_counter() - start_time)
     logger.close()
     if manager.device.type == "cuda":
         logger.say(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    command = resume_command(manager, overrides)
+    sample = shlex.join(["python", "sample.py", f"--checkpoint={config.out_dir}"])
     if stop_signal:
-        sample = shlex.join(["python", "sample.py", f"--checkpoint={Path(config.out_dir, 'last.pt')}"])
         logger.say(f"stopped after update {manager.step}; go on with:  {command}\nsample it with:  {sample}")
-    else:
-        best = Path(config.out_dir, "best.pt")
-        text = manager.sample(400)  # all processes take part, under FSDP
-        logger.say(
-            f"\n{text}\n\n{manager.step:,} updates in {seconds // 60}:{seconds % 60:02}; "
-            f"best val_loss {manager.best_val_loss:.4f} nats, after update {manager.best_step:,}\n"
-            f"sample more:  {shlex.join(['python', 'sample.py', f'--checkpoint={best}'])}\n"
-            f"train on:     {command} --max_steps={2 * config.max_steps}"
-        )
-    if dist.is_initialized():
-        dist.barrier()  # a process that leaves early would look dead to the others
-        dist.destroy_process_group()
-    if stop_signal:
-        sys.exit(128 + stop_signal)  # as a shell reports it
+        return stop_signal
+    text = manager.sample(400)  # all processes take part, under FSDP
+    here = f", {manager.step - steps_before:,} of them since it went on" if steps_before > 0 else ""
+    logger.say(
+        f"\n{text}\n\n{manager.step:,} updates{here} in {seconds // 60}:{seconds % 60:02}; "
+        f"best val_loss {manager.best_val_loss:.4f} nats, after update {manager.best_step:,}\n"
+        f"sample more:  {sample}\ntrain on:     {train_on}"
+    )
+    return 0
 
 
 def main(argv: list[str]) -> None:
@@ -917,12 +1017,17 @@ def main(argv: list[str]) -> None:
     init_distributed()
     config, checkpoint = on_first_process(find_run, overrides)
     try:
-        run_training(make_manager(config, checkpoint), overrides)
+        stop_signal = run_training(make_manager(config, checkpoint), overrides)
     except (RuntimeError, MemoryError) as error:
         if not prepare.is_out_of_memory(error):
             raise
         keys = "--micro_batch_size, --batch_size, --context_length, --d_model, --num_layers or --vocab_size"
-        raise ValueError(f"out of memory; lower {keys}") from None
+        raise ValueError(f"out of memory; lower {keys}, or try --recompute=True") from None
+    if dist.is_initialized():
+        dist.barrier()  # a process that leaves early would look dead to the others
+        dist.destroy_process_group()
+    if stop_signal:
+        sys.exit(128 + stop_signal)  # as a shell reports it
 
 
 if __name__ == "__main__":
