@@ -1200,7 +1200,7 @@ def rope_config(fields: dict) -> dict:
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 is supported")
     config = {"rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0))}
     if rope_type == "llama3":
-        rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
+        rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings", 2048))
         config["rope_scaling"] = {name: rope.get(name) for name in ROPE_SCALING}
     return config
 

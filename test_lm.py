@@ -1840,13 +1840,6 @@ def test_the_time_left_counts_evaluations_and_the_first_update_says_how_long_it_
     assert out.endswith("4:40 left\n")  # 50 updates, and the evaluations at 60, 80 and 100
 
 
-def test_a_large_model_on_a_cpu_holds_one_window_at_once(folder):
-    assert manager().micro_batch_size == 8
-    large = ["--d_model=1024", "--d_ff=8192", "--num_layers=2", "--num_heads=16"]  # 59M parameters
-    assert manager(*large).micro_batch_size == 1
-    assert manager(*large, "--micro_batch_size=3").micro_batch_size == 3
-
-
 def test_float16_trains_through_the_scaler_and_logs_what_it_skips(folder):
     m, exact = manager("--dtype=float16", "--warmup_steps=1"), manager("--warmup_steps=1")
     m.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # overflows at first
@@ -2097,6 +2090,23 @@ def test_a_checkpoint_of_each_way_goes_on_in_each_other(folder):
     agree(metrics(key="train_loss"), metrics("alone", key="train_loss"))
 
 
+def test_fsdp_gives_each_process_its_share_of_the_model_that_one_process_would_have(folder):
+    """A fresh model with tied embeddings, and one that is loaded to be tuned."""
+    args = [*ALONE, "--max_steps=3", "--tie_embeddings=True"]
+    train.main([*args, "--out_dir=alone"])
+    tune = ["--init_from=alone", "--recompute=True", "--device=cpu", "--dtype=float32"]
+    tune += ["--batch_size=4", "--max_steps=3", "--eval_tokens=64", "--eval_interval=20", "--log_interval=1"]
+    train.main([*tune, "--out_dir=tuned-alone"])
+    fsdp = ["--fsdp=True", "--out_dir"]
+    out, err = in_processes((2, [*args, *fsdp, "FSDP"]), (2, [*tune, *fsdp, "tuned-FSDP"]))
+    assert out.count("ended 0 0\n") == 2, err
+    agree(metrics("FSDP"), metrics("alone"))
+    agree(metrics("tuned-FSDP"), metrics("tuned-alone"))
+    for way in ("FSDP", "tuned-FSDP"):
+        model = last(way)["model"]
+        assert torch.equal(model["lm_head.weight"], model["embed_tokens.weight"])
+
+
 def test_where_the_first_process_finds_an_error_it_says_so_and_all_end(trained):
     out, err = in_processes((2, SMALL), (3, [*SMALL, "--out_dir=other"]))
     assert out == "ended 2 2\nended 2 2 2\n"
@@ -2302,6 +2312,138 @@ def test_an_exported_model_speaks_in_transformers_and_can_be_tuned_further(folde
     train.main(["--resume=True", "--out_dir=tuned", "--device=cpu", "--dtype=float32", "--max_steps=21"])
     with pytest.raises(ValueError, match="--d_model=8: the model in llama has 16"):
         train.main([*tune, "--d_model=8", "--out_dir=other"])
+
+
+def test_a_path_that_holds_no_model_is_refused_with_what_to_do(folder):
+    pytest.importorskip("safetensors")
+    hub = "not a folder; if it is a model on Hugging Face, fetch it:  hf download a/b-1 --local-dir b-1"
+    download = "hf download OWNER/NAME --local-dir llama"
+    for path, message in (("a/b-1", hub), ("out/best.pt", "not there; train a model:  python train.py")):
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+            prepare.find_model(path)
+    Path("llama").mkdir()
+    with pytest.raises(ValueError, match=r"llama: has no best\.pt, .* no config\.json"):
+        prepare.find_model("llama")
+    Path("llama/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"llama: an adapter, .* merge_and_unload"):
+        prepare.find_model("llama")
+    Path("llama/adapter_config.json").unlink()
+    Path("llama/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"has no model\.safetensors; .*  {download}$"):
+        prepare.find_model("llama")
+    Path("llama/pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(ValueError, match=rf"safetensors, but pytorch_model\.bin, .* code; .*  {download}$"):
+        prepare.find_model("llama")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    Path("llama/model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: only a pointer of git-lfs.*  {download}$"):
+        prepare.find_model("llama")
+    lm.save_pretrained(tiny(), "llama")
+    assert prepare.find_model("llama") == Path("llama")
+
+
+def test_a_run_is_sampled_tuned_and_its_tokens_are_used_by_the_name_of_its_folder(folder, capsys):
+    pytest.importorskip("tokenizers")
+    prepare.main(["text.txt", "--tokenizer=bpe", "--vocab_size=300"])
+    train.main([*SMALL, "--max_steps=4"])
+    assert prepare.find_model("out") == Path("out/best.pt")
+    with pytest.raises(ValueError, match=r"prepare\.py TEXT --tokenizer=out --out_dir=data-two"):
+        prepare.main(["text.txt", "--out_dir=data-two"])
+        train.main(["--init_from=out", "--data_dir=data-two", "--out_dir=two", "--device=cpu"])
+    prepare.main(["text.txt", "--tokenizer=out/last.pt", "--out_dir=data-two"])
+    assert read_tokens("data-two/train.bin") == read_tokens("data/train.bin")
+    capsys.readouterr()
+    tune = ["--max_steps=4", "--eval_tokens=64", "--device=cpu", "--dtype=float32"]
+    train.main(["--init_from=out", "--data_dir=data-two", "--out_dir=two", *tune])
+    losses = [line["val_loss"] for line in metrics("two", "val_loss")]
+    assert losses[0] == pytest.approx(metrics(key="val_loss")[-1]["val_loss"], rel=1e-6)
+    assert last("two")["config"]["init_from"] == "out" and len(losses) == 5
+    Path("two/best.pt").unlink()
+    assert prepare.find_model("two") == Path("two/last.pt")
+    sample.main(["--checkpoint=two", "--prompt=9 green", "--max_new_tokens=3", "--device=cpu"])
+    assert capsys.readouterr().out.split("\n")[-2].startswith("9 green")
+    with pytest.raises(ValueError, match="--num_layers=2: the model in out has 1"):
+        train.main(["--init_from=out", "--num_layers=2", "--out_dir=three", *tune])
+
+
+def test_on_a_cpu_fine_tuning_holds_no_more_windows_than_its_cores_need(folder):
+    train.main([*SMALL, "--context_length=600", "--max_steps=1"])
+    for context_length, expected in ((None, 1), (256, 2), (8, 64)):
+        overrides = {"init_from": "out", "device": "cpu", "dtype": "float32"}
+        if context_length is not None:
+            overrides["context_length"] = context_length
+        config = train.new_config(overrides)
+        assert config.context_length == (context_length or 512)
+        tuned = train.TrainManager(config, prepare.load_meta("data"))
+        assert tuned.micro_batch_size == expected
+        config.micro_batch_size = 3
+        assert train.TrainManager(config, prepare.load_meta("data")).micro_batch_size == 3
+    assert manager().micro_batch_size == 8  # a fresh run: all
+
+
+CHAT = "<|im_start|>user\nHow many?<|im_end|>\n"
+
+
+@pytest.fixture
+def base(folder):
+    """The folder of a chat model, of 8 windows and with special tokens; its tokenizer says how to chat."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = prepare.train_tokenizer([TEXT], 300).tokenizer
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    fast.save_pretrained("base")
+    lm.save_pretrained(tiny(vocab_size=tokenizer.get_vocab_size(), context_length=64), "base")
+    settings = {"eos_token_id": fast.eos_token_id, "do_sample": True, "temperature": 0.6}
+    Path("base/generation_config.json").write_text(json.dumps(settings))
+    return fast
+
+
+def test_special_tokens_are_text_unless_asked_for(folder, base):
+    Path("chat.txt").write_text(CHAT * 50)
+    for special in (False, True):
+        prepare.main(["chat.txt", "--tokenizer=base", f"--special_tokens={special}"])
+        tokens = np.fromfile("data/train.bin", "<u2")
+        assert base.decode(tokens).startswith(CHAT)
+        for name in ("<|im_start|>", "<|im_end|>"):
+            assert (base.convert_tokens_to_ids(name) in tokens[:-1]) == special
+        train.main(["--init_from=base", "--max_steps=1", "--device=cpu", f"--out_dir=out-{special}"])
+        ids = prepare.find_tokenizer(f"out-{special}").encode(CHAT.encode())  # as in its data
+        assert np.array_equal(ids, tokens[: len(ids)])
+    prepare.main(["chat.txt", "--tokenizer=out-True", "--out_dir=again"])
+    assert base.convert_tokens_to_ids("<|im_end|>") not in np.fromfile("again/train.bin", "<u2")[:-1]
+    with pytest.raises(ValueError, match="only the --tokenizer of a model has special tokens"):
+        prepare.main(["chat.txt", "--special_tokens=True"])
+
+
+def test_a_tuned_model_gives_back_what_its_base_came_with(folder, base):
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    prepare.main(["text.txt", "--tokenizer=base"])
+    train.main(["--init_from=base", "--max_steps=1", "--context_length=16", "--device=cpu"])
+    for dtype in ("float32", "bfloat16"):
+        sample.main(["--checkpoint=out", f"--export=tuned-{dtype}", f"--dtype={dtype}"])
+        weights = safetensors.load_file(f"tuned-{dtype}/model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+    theirs = transformers.AutoTokenizer.from_pretrained("tuned-float32")
+    messages = [{"role": "user", "content": "How many?"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == CHAT
+    for role in ("bos_token", "eos_token", "pad_token"):
+        assert getattr(theirs, role) == getattr(base, role)
+    assert theirs(CHAT)["input_ids"] == base(CHAT)["input_ids"] and "token_type_ids" not in theirs(CHAT)
+    assert theirs.model_max_length == 64
+    model = transformers.AutoModelForCausalLM.from_pretrained("tuned-bfloat16", dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.generation_config.temperature == 0.6
+    assert model.config.max_position_embeddings == 64  # the model's own, not the window of the training
+    assert model.config.eos_token_id == base.eos_token_id
 
 
 # --------------------------------------------------------------------- Nothing lost, nothing wrong accepted

@@ -72,7 +72,9 @@ class TrainConfig:
     checkpoint_interval: int | None = None  # updates between checkpoints; None: one at each evaluation
     wandb_project: str | None = None  # log to this project of Weights & Biases too
     # The machine: these are not part of the run, so that it can be resumed on another machine
-    micro_batch_size: int | None = None  # windows held at once; None: all, but 1 for large models on a CPU
+    micro_batch_size: int | None = (
+        None  # windows held at once; None: all, or 512 tokens with init_from on a CPU
+    )
     recompute: bool = False  # keep less for the backward pass: less memory, a third more time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
@@ -231,12 +233,11 @@ class Logger:
         self.say(f"{text}  {left // 60}:{left % 60:02} left", passing=True)
 
     def first_update(self, step: int, seconds: float) -> None:
-        """Say how long the first update of this start took: if it is long, so is the wait for a line."""
+        """Say how long the first update of this start took, if the first line of progress is far off."""
         interval = self.config.log_interval
-        following = min(self.config.max_steps, (step // interval + 1) * interval)
-        self.say(
-            f"step {step} took {seconds:.1f} s; the next line comes after step {following}", passing=True
-        )
+        next_line = min(self.config.max_steps, (step // interval + 1) * interval)
+        if seconds * (next_line - step) > 10:
+            self.say(f"step {step} took {seconds:.1f} s; the next line comes after step {next_line}")
 
     def evaluation(self, step: int, val_loss: float, val_bpb: float, text: str, seconds: float) -> None:
         """Report an evaluation, which took so many seconds. text: what the model writes now."""
@@ -362,7 +363,7 @@ class TrainManager:
         return data
 
     def choose_machine(self, state: dict | None) -> None:
-        """Decide what device, dtype and compile are here. The config keeps them as they were asked for."""
+        """Decide what the keys of the machine are here. The config keeps them as they were asked for."""
         dtype = self.config.dtype
         if dtype == "auto" and state is not None:
             dtype = state["dtype"]  # what the run had so far
@@ -376,6 +377,12 @@ class TrainManager:
         if self.compile == "auto":
             self.compile = self.device.type == "cuda" and compile_works(self.device)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.micro_batch_size = self.config.micro_batch_size
+        if self.micro_batch_size is None:
+            self.micro_batch_size = self.config.batch_size // self.world_size
+            if self.config.init_from and self.device.type == "cpu":
+                # 512 tokens give its cores enough work; more of them would only take memory.
+                self.micro_batch_size = max(1, 512 // self.config.context_length)
 
     def build_model(self, state: dict | None) -> None:
         """Make the model, and the module that computes its loss."""
@@ -395,12 +402,6 @@ class TrainManager:
             self.compute_loss = parallelize(self.compute_loss, self.device, self.dtype, c.fsdp, self.compile)
         if c.fsdp:
             self.hand_out_weights(state)
-        self.micro_batch_size = c.micro_batch_size
-        if self.micro_batch_size is None:
-            self.micro_batch_size = c.batch_size // self.world_size
-            num_params = sum(param.numel() for param in self.model.parameters())
-            if self.device.type == "cpu" and num_params >= 50e6:
-                self.micro_batch_size = 1  # enough work for all cores; more windows would only take memory
 
     def model_config(self, state: dict | None) -> lm.ModelConfig:
         """The shape of the model that this run begins or goes on with."""
