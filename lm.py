@@ -686,7 +686,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         """tokens (B, T), int64 → the residual stream after all blocks and the last norm, (B, T, D).
 
         If self.recompute is true, a block keeps only its input for the backward pass, and computes the rest
-        there again. This saves most of the memory of training, at the cost of about a third more time.
+        there again. That takes much less memory, and up to a third more time.
         """
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
@@ -782,9 +782,9 @@ class TransformerLM(nn.Module):  # needs: everything above
         return torch.cat(tokens, dim=1)
 
     def to_empty(self, *, device, recurse: bool = True) -> "TransformerLM":
-        """Give a model that was made on the meta device memory, but no weights, as nn.Module.to_empty does.
+        """Give memory to a model that was made on the meta device, as nn.Module.to_empty does.
 
-        What is not a weight is ready then: RoPE's tables are filled, and tied embeddings are tied.
+        Its weights must then be loaded or drawn. RoPE's tables are filled, and tied embeddings are tied.
         """
         super().to_empty(device=device, recurse=recurse)
         self.tie_weights()

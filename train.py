@@ -73,7 +73,7 @@ class TrainConfig:
     wandb_project: str | None = None  # log to this project of Weights & Biases too
     # The machine: these are not part of the run, so that it can be resumed on another machine
     micro_batch_size: int | None = None  # windows held at once; None: all, but few with init_from on a CPU
-    recompute: bool = False  # keep less for the backward pass: less memory, a third more time
+    recompute: bool = False  # keep less for the backward pass: less memory, up to a third more time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA
