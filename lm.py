@@ -239,7 +239,10 @@ class RoPE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the two tables: a row for each position, a column for each pair."""
+        """Fill the two tables: a row for each position, a column for each pair.
+
+        Call this after `to_empty`, if the module was made on the meta device: no state dict holds the tables.
+        """
         device = self.cos.device
         position = torch.arange(self.context_length, dtype=torch.float32, device=device)
         two_j = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)

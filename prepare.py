@@ -366,7 +366,7 @@ class BPETokenizer(Tokenizer):
         if self.eos_id not in names:
             raise ValueError(f"eos_token_id is {self.eos_id}: it has no such token; name one in config.json")
         self.eos_name = names[self.eos_id]
-        self.spec = {**spec, "kind": "bpe", "eos_id": self.eos_id}
+        self.spec = {"kind": "bpe", **spec, "eos_id": self.eos_id}
 
     def find_eos_id(self) -> int | None:
         for name in EOS_NAMES:
@@ -426,8 +426,10 @@ def find_tokenizer(path: str | Path, special_tokens: bool | None = None) -> Toke
         spec = read_tokenizer_json(file)
     else:
         spec = dict(read_checkpoint(file)["tokenizer"])
-    if special_tokens is not None:
-        spec["special_tokens"] = special_tokens
+    if special_tokens:
+        spec["special_tokens"] = True
+    elif special_tokens is False:
+        spec.pop("special_tokens", None)
     try:
         return load_tokenizer(spec)
     except ValueError as error:
@@ -436,10 +438,13 @@ def find_tokenizer(path: str | Path, special_tokens: bool | None = None) -> Toke
 
 def read_tokenizer_json(file: Path) -> dict:
     """The spec of a BPETokenizer: a tokenizer.json, and what the files beside it say about its tokens."""
-    spec = {"kind": "bpe", "json": file.read_text(encoding="utf-8"), "settings": {}}
+    spec = {"kind": "bpe", "json": file.read_text(encoding="utf-8")}
+    settings = {}
     for name in SETTINGS_FILES:
         if file.with_name(name).exists():
-            spec["settings"][name] = file.with_name(name).read_text(encoding="utf-8")
+            settings[name] = file.with_name(name).read_text(encoding="utf-8")
+    if settings:
+        spec["settings"] = settings
     for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
         if spec.get("eos_id") is None and config.exists():
             spec["eos_id"] = read_json(config).get("eos_token_id")

@@ -1573,7 +1573,8 @@ def test_a_meta_json_that_is_missing_cut_off_or_of_another_version_is_refused(fo
 
 SMALL = "--context_length=16 --d_model=16 --num_layers=1 --num_heads=2 --batch_size=8 --eval_tokens=64"
 SMALL = f"{SMALL} --device=cpu --dtype=float32 --max_lr=1e-2 --eval_interval=4 --log_interval=1".split()
-AGAIN = ["--resume=True", "--device=cpu", "--dtype=float32"]
+CPU = ["--device=cpu", "--dtype=float32"]  # auto measures which dtype is fast, and may vary
+AGAIN = ["--resume=True", *CPU]
 
 
 def manager(*args, **kwargs) -> train.TrainManager:
@@ -2237,7 +2238,7 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
     def say(prompt, stdin=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         asked = [] if prompt is None else [f"--prompt={prompt}"]
-        sample.main([*asked, "--max_new_tokens=9", "--device=cpu"])
+        sample.main([*asked, "--max_new_tokens=9", *CPU])
         return capsys.readouterr()
 
     Path("prompt.txt").write_text("x" * 40)
@@ -2290,7 +2291,7 @@ def test_an_exported_model_speaks_in_transformers_and_can_be_tuned_further(folde
     assert theirs.decode(greedy[0]) == "".join(tokenizer.decode(stated[0].tolist()))
     said = []
     for checkpoint in ("out/best.pt", "llama"):
-        sample.main([f"--checkpoint={checkpoint}", "--prompt=9 green", "--max_new_tokens=9", "--device=cpu"])
+        sample.main([f"--checkpoint={checkpoint}", "--prompt=9 green", "--max_new_tokens=9", *CPU])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     tune = ["--init_from=llama", "--out_dir=tuned", "--device=cpu", "--dtype=float32", "--batch_size=4"]
