@@ -176,11 +176,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # needs: attention
-    """The same result as `attention`, which is all that a first reader needs, by torch's fused kernel if
-    faster.
+    """The same result as `attention`, but faster. First readers may skip it: `attention` says it all.
 
-    The kernel never holds all T · S scores. q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). If G < H,
-    each head of keys and values serves H / G heads of queries (see MultiheadSelfAttention).
+    torch's fused kernel computes all in one go, and never holds all T · S scores. q (B, H, T, K), k and v
+    (B, G, S, K) → (B, H, T, K). If G < H, each head of keys and values serves H / G heads of queries (see
+    MultiheadSelfAttention).
     """
     H, T = q.shape[1:3]
     G, S = k.shape[1:3]
@@ -206,7 +206,8 @@ class RoPE(nn.Module):
 
         (R_a q) · (R_b k) = q · (R_{b-a} k)
 
-    so the score now depends on how far apart the two tokens are. Values are not rotated.
+    because turning both vectors by the same angle, -a, does not change their dot product. So the score now
+    depends on how far apart the two tokens are. Values are not rotated.
 
     A rotation needs two coordinates, so the K features form K/2 pairs. For j = 0 … K/2 - 1, let x1 be feature
     j of the first half and x2 feature j of the second half. At position t, this pair rotates by the angle
@@ -241,7 +242,7 @@ class RoPE(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the two tables: a row for each position, a column for each pair.
 
-        Call this after `to_empty`, if the module was made on the meta device: no state dict holds the tables.
+        Call this after `to_empty`, if the module was made on the meta device: no state dict has the tables.
         """
         device = self.cos.device
         position = torch.arange(self.context_length, dtype=torch.float32, device=device)
@@ -492,7 +493,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # needs: MAX_LOGITS
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor):
         dx, dw, count = ctx.saved_tensors
-        # Divide by count only now: in float16, grad_loss contains the loss scale, which prevents underflow.
+        # Divide by count only now. In float16 small numbers become 0; grad_loss is large then, as training
+        # scales the loss up against that.
         scale = grad_loss / count
         return dx * scale, dw * scale, None, None
 
@@ -676,13 +678,8 @@ class TransformerLM(nn.Module):  # needs: everything above
             layer.mlp.down_proj.weight /= math.sqrt(2 * len(self.layers))
         if self.config.tie_embeddings:
             # The one matrix must suit the logits. These are sums of d_model terms: this gives them a variance
-            # of 1. As embeddings its vectors are small, but the first RMSNorm makes up for that.
+            # of 1. As embeddings its vectors are smaller than they would be alone: the price of sharing.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(self.config.d_model))
-            self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Make one parameter of embedding and last Linear, if the config asks for it."""
-        if self.config.tie_embeddings:
             self.embed_tokens.weight = self.lm_head.weight
 
     def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
@@ -727,6 +724,29 @@ class TransformerLM(nn.Module):  # needs: everything above
         if prompt.shape[1] == 0 or prompt.min() < 0 or prompt.max() >= vocab_size:
             raise ValueError(f"the prompt must hold one or more tokens, each from 0 to {vocab_size - 1}")
 
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """prompt (B, P) → prompt and continuation, (B, P + new). The arguments are those of `stream`.
+
+        It draws one token after another. In its plainest form, which reads all tokens anew each time, that is
+
+            for _ in range(max_new_tokens):
+                token = sample_token(model(tokens)[:, -1])
+                tokens = torch.cat((tokens, token[:, None]), dim=1)
+        """
+        tokens = [prompt]
+        for token in self.stream(prompt, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
+            tokens.append(token[:, None])
+        return torch.cat(tokens, dim=1)
+
     def stream(
         self,
         prompt: Tensor,
@@ -767,51 +787,6 @@ class TransformerLM(nn.Module):  # needs: everything above
             if eos_id is not None and finished.all():
                 return
             window = torch.cat((window, token[:, None]), dim=1)
-
-    def generate(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_id: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """prompt (B, P) → prompt and continuation, (B, P + new). The arguments are those of `stream`."""
-        tokens = [prompt]
-        for token in self.stream(prompt, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
-            tokens.append(token[:, None])
-        return torch.cat(tokens, dim=1)
-
-    def to_empty(self, *, device, recurse: bool = True) -> "TransformerLM":
-        """Give memory to a model that was made on the meta device, as nn.Module.to_empty does.
-
-        Its weights must then be loaded or drawn. RoPE's tables are filled, and tied embeddings are tied.
-        """
-        super().to_empty(device=device, recurse=recurse)
-        self.tie_weights()
-        for module in self.modules():
-            if isinstance(module, RoPE):
-                module.reset_parameters()
-        return self
-
-    @classmethod
-    def from_state_dict(cls, config: ModelConfig, state: dict[str, Tensor]) -> "TransformerLM":
-        """The model with these weights. It holds the tensors themselves: no copies, in the dtype they have.
-
-        Raises ValueError if they do not fit the config.
-        """
-        with torch.device("meta"):  # without memory, and so without drawing initial values
-            model = cls(config)
-        model.to_empty(device="cpu")
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())  # in one line
-            raise ValueError(f"the weights do not fit the config: {reason}") from None
-        model.tie_weights()  # loading has made two parameters of them
-        return model
 
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
@@ -1054,7 +1029,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator:
     After a crash at any moment, `path` is the whole old file or the whole new one. Raises OSError.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process alone
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "w+b") as file:
@@ -1132,6 +1107,27 @@ class CheckpointHandler:  # needs: atomic_write, check_plain
         for start in range(0, size, 2**20):
             crc = zlib.crc32(file.read(min(2**20, size - start)), crc)
         return crc.to_bytes(4, "little")
+
+
+def model_from_state_dict(config: ModelConfig, state: dict[str, Tensor]) -> TransformerLM:
+    # needs: ModelConfig, TransformerLM and its needs
+    """A model that holds the tensors of a state dict themselves: no copies, in the dtype that they have.
+
+    Raises ValueError if they do not fit the config.
+    """
+    with torch.device("meta"):  # without memory, and without drawing initial values
+        model = TransformerLM(config)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())  # in one line
+        raise ValueError(f"the weights do not fit the config: {reason}") from None
+    if config.tie_embeddings:  # loading has made two parameters of the one
+        model.embed_tokens.weight = model.lm_head.weight
+    for module in model.modules():
+        if isinstance(module, RoPE):  # no state dict holds its tables
+            module.to_empty(device="cpu").reset_parameters()
+    return model
 
 
 # ----------------------------------------------------------------------------------------------- Hugging Face
@@ -1266,7 +1262,7 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
 def load_pretrained(
     folder: str | os.PathLike, dtype: torch.dtype = torch.float32, **changes
 ) -> TransformerLM:
-    # needs: TransformerLM and its needs, pretrained_config and its needs, weight_files
+    # needs: model_from_state_dict and its needs, pretrained_config and its needs, weight_files
     """The Llama in a Hugging Face folder, its weights in this dtype; `changes` as in `pretrained_config`.
 
     Needs the package safetensors. Weights that have this dtype already stay in the file, from which the
@@ -1293,6 +1289,6 @@ def load_pretrained(
             )
         state["lm_head.weight"] = embedding
     try:
-        return TransformerLM.from_state_dict(config, state)
+        return model_from_state_dict(config, state)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None

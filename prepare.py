@@ -13,6 +13,7 @@ python prepare.py book.txt --tokenizer=FOLDER  # the tokenizer of a Hugging Face
 # three scripts share: a dataclass as a command line, errors in one line, models, and the choice of a device.
 
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -24,6 +25,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -78,7 +80,8 @@ class Piece:
         try:
             return self.text.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: not UTF-8 ({error}); --tokenizer=bytes takes any file") from None
+            reason = f"not UTF-8 ({error.reason} at byte {error.start:,} of a piece)"
+            raise ValueError(f"{self.path.name}: {reason}; --tokenizer=bytes takes any file") from None
 
 
 @dataclasses.dataclass
@@ -93,12 +96,13 @@ class Corpus:
     files: list[Path]
     val_fraction: float
     val_files: set[Path] | None = None  # if given, hold out these files instead
+    num_documents: int = 0  # as `pieces` has counted them
 
     def documents(self) -> Iterator[tuple[Path, BinaryIO]]:
         """Open each document: a whole file, or the text in a line of a .jsonl file."""
         for path in self.files:
             with open(path, "rb") as file:
-                if path.suffix != ".jsonl":
+                if path.suffix.lower() != ".jsonl":
                     yield path, file
                     continue
                 for number, line in enumerate(file, start=1):
@@ -115,6 +119,7 @@ class Corpus:
         every = round(1 / self.val_fraction)
         few_documents = sum(1 for _ in itertools.islice(self.documents(), every)) < every
         for number, (path, file) in enumerate(self.documents(), start=1):
+            self.num_documents = number
             size = file.seek(0, os.SEEK_END)
             # Train on the bytes before `cut`, and hold out those from there on.
             if self.val_files is not None:
@@ -134,7 +139,7 @@ def parse_line(line: bytes, where: str) -> bytes:
     """The text in a line of a .jsonl file."""
     try:
         return json.loads(line)["text"].encode()
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{where}: not an object like {{"text": "..."}} ({error})') from None
 
 
@@ -202,32 +207,45 @@ def find_files(inputs: list[str], out_dir: str, copies: str) -> list[Path]:
 
     Standard input is copied to the folder `copies`: the size of a file is known, and it can be read twice.
     """
-    files = []
+    files = {}  # by their resolved path, so that each is read once
     for name in inputs:
         path = Path(name)
+        if name == "":
+            raise ValueError("an input is an empty name: a variable that is not set?")
         if name == "-":
-            path = Path(copies, "standard input")
+            path = Path(copies, "standard input")  # one text; JSON lines need a file that is named *.jsonl
             with open(path, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-            files.append(path)
+            found = [path]
         elif path.is_dir():
-            files += files_in_folder(path, Path(out_dir).resolve())
+            found = files_in_folder(path, Path(out_dir).resolve())
         elif path.is_file():
-            files.append(path)
+            found = [path]
         else:
             raise ValueError(f"{name}: not a file or folder; to pipe text in:  ... | python prepare.py -")
-    return files
+        for path in found:
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def files_in_folder(folder: Path, out: Path) -> list[Path]:
-    """All files in a folder and its folders, but hidden ones and those that we have written to `out`."""
+    """All files in a folder and its folders, but hidden ones and those that we have written to `out`.
+
+    Raises OSError if a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     files = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        is_ours = path.parent.resolve() == out and path.name.removesuffix(".tmp") in OUTPUTS
-        if path.is_file() and not hidden and not is_ours:
-            files.append(path)
-    return files
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # where os.walk goes next
+        for name in names:
+            path = Path(parent, name)
+            is_ours = name in OUTPUTS and path.parent.resolve() == out
+            if path.is_file() and not name.startswith(".") and not is_ours:
+                files.append(path)
+    return sorted(files)
 
 
 TESTS_AND_TABLES = {"test", "tests", "idlelib", "lib2to3", "distutils", "encodings", "pydoc_data"}
@@ -344,8 +362,8 @@ class BPETokenizer(Tokenizer):
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(spec["json"])
             decoder = json.dumps(json.loads(spec["json"])["decoder"])
-        except Exception as error:  # the package raises no narrower type
-            raise ValueError(f"not a tokenizer.json: {error}") from None
+        except Exception as error:  # the package raises no narrower type, and may show the whole file
+            raise ValueError(f"not a tokenizer.json: {str(error)[:200]}") from None
         # Two kinds of tokenizer keep every byte. GPT-2's writes each byte as a visible character. Llama 2's
         # has a token like <0xE9> for each byte of a rare character; it puts a space before each text.
         self.byte_level = "ByteLevel" in decoder
@@ -403,9 +421,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C would wait until the package is done
     tokenizer.train_from_iterator(
         texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=["<|endoftext|>"]
     )
+    signal.signal(signal.SIGINT, handler)
     return BPETokenizer({"json": tokenizer.to_str(), "eos_id": 0})
 
 
@@ -416,6 +436,8 @@ def find_tokenizer(path: str | Path, special_tokens: bool | None = None) -> Toke
     Raises OSError if the file cannot be read, ValueError if it cannot be used.
     """
     file = Path(path)
+    if not file.exists():
+        find_model(path)  # says what to do
     if file.is_dir() and (file / "tokenizer.json").exists():
         file = file / "tokenizer.json"
     elif file.is_dir():  # that of a run
@@ -425,15 +447,14 @@ def find_tokenizer(path: str | Path, special_tokens: bool | None = None) -> Toke
     if file.suffix == ".json":
         spec = read_tokenizer_json(file)
     else:
-        spec = dict(read_checkpoint(file)["tokenizer"])
-    if special_tokens:
-        spec["special_tokens"] = True
-    elif special_tokens is False:
-        spec.pop("special_tokens", None)
-    try:
+        spec = read_checkpoint(file)["tokenizer"]
+    with contents_of(file):
+        spec = dict(spec)
+        if special_tokens:
+            spec["special_tokens"] = True
+        elif special_tokens is False:
+            spec.pop("special_tokens", None)
         return load_tokenizer(spec)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
 
 
 def read_tokenizer_json(file: Path) -> dict:
@@ -479,6 +500,9 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, out_dir: str) -> None:
     cannot be read or written.
     """
     out = Path(out_dir)
+    replaced = ""
+    with contextlib.suppress(OSError, ValueError):  # nothing was there, or it was damaged
+        replaced = f", in place of those of {read_json(out / 'meta.json').get('source')}"
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # the smallest that holds every token id
     with atomic_write(out / "train.bin") as train_file, atomic_write(out / "val.bin") as val_file:
         files = {"train": train_file, "val": val_file}
@@ -505,7 +529,7 @@ def write_tokens(corpus: Corpus, tokenizer: Tokenizer, out_dir: str) -> None:
     show_progress("")
     print(
         f"{out}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate with, "
-        f"from {corpus.name}"
+        f"from {corpus.name} (files: {len(corpus.files):,}, documents: {corpus.num_documents:,}){replaced}"
     )
 
 
@@ -562,6 +586,9 @@ def load_meta(data_dir: str) -> dict:
         for key in META_KEYS:
             if key not in meta:
                 raise ValueError(f"{path}: has no {key}; prepare the data again:  {command}")
+        for key in ("vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes"):
+            if type(meta[key]) is not int or meta[key] < 1:
+                raise ValueError(f"{path}: {key} is {meta[key]!r}; prepare the data again:  {command}")
         spec = meta["tokenizer"]
         if spec["kind"] == "bpe":
             spec["json"] = path.with_name("tokenizer.json").read_text(encoding="utf-8")
@@ -573,19 +600,26 @@ def load_meta(data_dir: str) -> dict:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError if it is damaged, OSError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not an object in JSON ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------------- main
+LONG_WORD = re.compile(r"\S{200}")
+
+
 def make_tokenizer(config: PrepareConfig, corpus: Corpus) -> Tokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer != "bpe":
         return find_tokenizer(config.tokenizer, config.special_tokens)
     pieces = corpus.pieces("learning tokens from")
-    texts = (piece.decode() for piece in pieces if piece.split == "train")
+    # A word of many thousand letters would take minutes: cut it.
+    texts = (LONG_WORD.sub(r"\g<0> ", piece.decode()) for piece in pieces if piece.split == "train")
+    num_bytes = sum(file.stat().st_size for file in corpus.files)
+    if config.vocab_size is not None and config.vocab_size > 257 + num_bytes:
+        raise ValueError(f"--vocab_size={config.vocab_size}: too many for {num_bytes:,} bytes of text")
     return train_tokenizer(texts, config.vocab_size or 4096)
 
 
@@ -598,8 +632,7 @@ def main(argv: list[str]) -> None:
         else:
             keys.append(word)
     config = PrepareConfig(**parse_args(PrepareConfig, keys, __doc__))
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)  # if this fails, it should fail now
-    with tempfile.TemporaryDirectory() as copies:
+    with locked(config.out_dir), tempfile.TemporaryDirectory() as copies:
         if inputs:
             name = " ".join("standard input" if name == "-" else name for name in inputs)
             corpus = Corpus(name, find_files(inputs, config.out_dir, copies), config.val_fraction)
@@ -654,10 +687,10 @@ def parse_value(word: str, text: str, kind) -> object:
         if text.lower() == "none":
             return None
         kind = typing.get_args(kind)[0]
+    if text == "" and not word.startswith("--prompt="):
+        raise ValueError(f"{word}: the value is missing")
     if kind is str:
         return text
-    if text == "":
-        raise ValueError(f"{word}: the value is missing")
     choices = (True, False) if kind is bool else typing.get_args(kind)  # of a Literal; numbers have none
     for choice in choices:
         if text.lower() == str(choice).lower():
@@ -695,6 +728,12 @@ def print_help(config_class: type, doc: str) -> None:
 
 def run_cli(main: Callable[[list[str]], None]) -> None:
     """Call main(argv). What the user can mend ends in one line and status 2, a bug in its traceback."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open for the whole run)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal does not know a character
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -727,12 +766,45 @@ def format_error(error: Exception) -> str:
     return str(error)
 
 
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Make a folder, and keep other processes from writing to it meanwhile.
+
+    The lock ends with its process, however that ends. Raises ValueError if another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has other locks
+        yield
+        return
+    with open(Path(folder, ".lock"), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing to it; name another folder") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        for leftover in Path(folder).glob(".*.[0-9]*.tmp"):  # by atomic_write of a process that was killed
+            leftover.unlink()
+        yield
+
+
+def print_safely(text: str, end: str = "\n", file=None) -> None:
+    """Print, but go on in silence if the terminal was closed, or the reader of a pipe has left."""
+    file = file or sys.stdout
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def show_progress(line: str) -> None:
     """Print a line to standard error. On a terminal it replaces the one before; "" removes that."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        print_safely(f"\r\033[K{line}", end="", file=sys.stderr)
     elif line:
-        print(line, file=sys.stderr, flush=True)
+        print_safely(line, file=sys.stderr)
 
 
 def find_model(path: str | Path) -> Path:
@@ -749,7 +821,9 @@ def find_model(path: str | Path) -> Path:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and place.suffix != ".pt":
             command = shlex.join(["hf", "download", path, "--local-dir", place.name])
             raise ValueError(f"{path}: not a folder; if it is a model on Hugging Face, fetch it:  {command}")
-        raise ValueError(f"{path}: not there; train a model:  python train.py  or name another one")
+        others = sorted(str(file) for file in place.parent.glob("*.pt"))
+        there = f", but {' and '.join(others)}" if others else "; train a model:  python train.py"
+        raise ValueError(f"{path}: not there{there}")
     for name in ("best.pt", "last.pt"):
         if (place / name).exists():
             return place / name
@@ -770,6 +844,20 @@ def find_model(path: str | Path) -> Path:
     return place
 
 
+@contextlib.contextmanager
+def contents_of(path: Path) -> Iterator[None]:
+    """Turn what wrong contents of a checkpoint lead to into one error that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            raise ValueError(f"{path}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{path}: not what train.py saves ({reason})") from error
+
+
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of train.py. Its tensors stay in the file until they are used."""
     state = lm.CheckpointHandler(path.parent).load(path.name)
@@ -783,7 +871,9 @@ def load_config(path: Path) -> lm.ModelConfig:
     """The shape of the model at a path that find_model has returned."""
     if path.is_dir():
         return lm.pretrained_config(path)
-    return lm.ModelConfig(**read_checkpoint(path)["model_config"])
+    state = read_checkpoint(path)
+    with contents_of(path):
+        return lm.ModelConfig(**state["model_config"])
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32, **changes) -> lm.TransformerLM:
@@ -791,9 +881,10 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, **changes) -> lm.
     if path.is_dir():
         return lm.load_pretrained(path, dtype, **changes)
     state = read_checkpoint(path)
-    config = lm.ModelConfig(**{**state["model_config"], **changes})
-    weights = {name: weight.to(dtype) for name, weight in state["model"].items()}
-    return lm.TransformerLM.from_state_dict(config, weights)
+    with contents_of(path):
+        config = lm.ModelConfig(**{**state["model_config"], **changes})
+        weights = {name: weight.to(dtype) for name, weight in state["model"].items()}
+        return lm.model_from_state_dict(config, weights)
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -806,7 +897,9 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         else:
             device = "cpu"
     try:
-        device = torch.empty(0, device=device).device  # as "cuda" becomes cuda:0
+        probe = torch.zeros(1, device=device)
+        probe.cpu()  # fails on the meta device, which holds no data
+        device = probe.device  # as "cuda" becomes cuda:0
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={device}: not usable here: {str(error).splitlines()[0]}") from None
     if dtype == "auto":

@@ -6,6 +6,7 @@ python sample.py --checkpoint=out-notes/best.pt --prompt=@opening.txt --temperat
 python sample.py --export=FOLDER               # write the model for Hugging Face's transformers
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -51,6 +52,8 @@ class SampleConfig:
 def read_prompts(prompt: str | None) -> Iterator[bytes]:
     """Yield the prompt; or what is piped in; or, on a terminal, one after another until Ctrl-D."""
     if prompt is None and sys.stdin.isatty():
+        with contextlib.suppress(ModuleNotFoundError):  # Windows has none
+            import readline  # noqa: F401 (the arrow keys then edit the line, and bring back earlier ones)
         while True:
             try:
                 line = input("prompt> ")
@@ -59,7 +62,7 @@ def read_prompts(prompt: str | None) -> Iterator[bytes]:
                 return
             yield os.fsencode(line)
     elif prompt is None or prompt == "-":
-        yield sys.stdin.buffer.read()
+        yield sys.stdin.buffer.read().removesuffix(b"\n")  # which `echo` adds
     elif prompt.startswith("@"):
         yield Path(prompt[1:]).read_bytes()
     else:
@@ -98,7 +101,7 @@ def print_samples(
         raise ValueError(f"--prompt={config.prompt or '-'}: its byte {error.start:,} is not UTF-8") from None
     ids = [*tokenizer.start_ids, *tokenizer.encode(prompt).tolist()]
     if not ids:
-        ids = [tokenizer.eos_id]  # where one document ends, the next begins
+        ids = tokenizer.encode(b"\n").tolist()  # the model needs a token to continue
     context_length = model.config.context_length
     if len(ids) > context_length:
         hidden = len(ids) - context_length
@@ -159,6 +162,8 @@ def main(argv: list[str]) -> None:
     path = prepare.find_model(config.checkpoint)
     tokenizer = prepare.find_tokenizer(path)
     if config.export:
+        if Path(config.export, "last.pt").exists() or Path(config.export, "best.pt").exists():
+            raise ValueError(f"--export={config.export}: holds a run of train.py; name another folder")
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         model = prepare.load_model(path, dtype)
         lm.save_pretrained(model, config.export, tokenizer.eos_id)
@@ -169,7 +174,12 @@ def main(argv: list[str]) -> None:
     model = prepare.load_model(path, dtype).to(device).eval()
     generator = Generator(device).manual_seed(config.seed)
     for prompt in read_prompts(config.prompt):
-        print_samples(model, tokenizer, prompt, config, generator)
+        try:
+            print_samples(model, tokenizer, prompt, config, generator)
+        except KeyboardInterrupt:
+            if config.prompt is not None or not sys.stdin.isatty():
+                raise
+            print()  # Ctrl-C ends the answer; at the prompt it ends the program
 
 
 if __name__ == "__main__":

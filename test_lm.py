@@ -421,9 +421,10 @@ def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded
     model = tiny(tie_embeddings=tie)
     with torch.device("meta"):
         other = tiny(tie_embeddings=tie)
-    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    other.to_empty(device="cpu").reset_parameters()
+    other.load_state_dict(model.state_dict())
     state = torch.get_rng_state()
-    held = TransformerLM.from_state_dict(model.config, model.state_dict())
+    held = lm.model_from_state_dict(model.config, model.state_dict())
     assert torch.equal(torch.get_rng_state(), state)  # no initial values were drawn
     tokens = torch.randint(61, (2, 16))
     for again in (other, held):
@@ -431,7 +432,7 @@ def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded
         assert (again.lm_head.weight is again.embed_tokens.weight) == tie
     assert held.norm.weight.data_ptr() == model.norm.weight.data_ptr()  # the tensor itself, not a copy
     with pytest.raises(ValueError, match=r"^the weights do not fit the config: .*layers\.1\.mlp"):
-        TransformerLM.from_state_dict(tiny(num_layers=1).config, model.state_dict())
+        lm.model_from_state_dict(tiny(num_layers=1).config, model.state_dict())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -1559,7 +1560,7 @@ def test_a_meta_json_that_is_missing_cut_off_or_of_another_version_is_refused(fo
     path = Path("data/meta.json")
     good = path.read_text()
     path.write_text(good[: len(good) // 2])
-    with pytest.raises(ValueError, match=r"data/meta\.json: damaged, not JSON"):
+    with pytest.raises(ValueError, match=r"data/meta\.json: damaged, not an object in JSON"):
         prepare.load_meta("data")
     for key in json.loads(good):
         meta = json.loads(good)

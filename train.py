@@ -7,8 +7,8 @@ python train.py --init_from=MODEL --data_dir=data-mine --out_dir=out-mine    # f
 torchrun --standalone --nproc_per_node=8 train.py --resume=auto    # the same run, on eight GPUs
 """
 
+import contextlib
 import dataclasses
-import errno
 import importlib.util
 import json
 import math
@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -155,22 +156,28 @@ class Logger:
         self.wandb = None
         self.wandb_id = wandb_id
         if config.wandb_project:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=config.wandb_project,
-                id=wandb_id,
-                resume="allow",
-                config=dataclasses.asdict(config),
-            )
-            self.wandb_id = self.wandb.id
+            self.open_wandb()
         self.path = Path(config.out_dir, "metrics.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = contextlib.ExitStack()
+        self.lock.enter_context(prepare.locked(config.out_dir))  # two runs would mix their files
         # Line by line, so that a killed run has written all that it has reported.
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.cut_metrics(step)
         if step == 0:
             self.file.write(json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n")
+
+    def open_wandb(self) -> None:
+        """Begin a run at Weights & Biases, or go on with one. Raises ValueError if that fails."""
+        import wandb
+
+        config = dataclasses.asdict(self.config)
+        project = self.config.wandb_project
+        try:
+            self.wandb = wandb.init(project=project, id=self.wandb_id, resume="allow", config=config)
+        except Exception as error:  # of many types: no login, no network, a name that it does not take
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--wandb_project={project}: {reason}") from None
+        self.wandb_id = self.wandb.id
 
     def cut_metrics(self, step: int) -> None:
         """Cut off the lines of metrics.jsonl that a run which goes on after update `step` will write again.
@@ -179,10 +186,7 @@ class Logger:
         """
         size = 0
         if step > 0:
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):  # the process was killed while it wrote this line
-                    break
-                values = json.loads(line)
+            for line, values in read_metrics(self.path):
                 if values["step"] > step:
                     break
                 if values["step"] == step and "val_loss" in values and self.config.evaluation_is_due(step):
@@ -210,11 +214,7 @@ class Logger:
             if passing and fits:
                 end = ""
             text = f"\r\033[K{text}"  # go to the start of the row and clear it
-        try:
-            print(text, end=end, flush=True)
-        except OSError as error:
-            if error.errno != errno.EIO:  # this one says that the terminal was closed: go on, to save
-                raise
+        prepare.print_safely(text, end)
 
     def progress(self, step: int, values: dict) -> None:
         """Report the updates of one interval."""
@@ -247,6 +247,7 @@ class Logger:
     def close(self) -> None:
         """End the report."""
         self.file.close()
+        self.lock.close()
         if self.wandb is not None:
             self.wandb.finish()
         if importlib.util.find_spec("matplotlib"):
@@ -256,7 +257,7 @@ class Logger:
         """Draw the losses in metrics.jsonl to loss.png."""
         from matplotlib.figure import Figure
 
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = [values for _, values in read_metrics(self.path)]
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.subplots()
         for key, style in (("train_loss", "-"), ("val_loss", "o-")):
@@ -267,7 +268,23 @@ class Logger:
         axes.set(xlabel="update", ylabel="loss, nats per token")
         axes.legend()
         axes.grid(alpha=0.3)
-        figure.savefig(self.path.with_name("loss.png"), dpi=110)
+        try:
+            figure.savefig(self.path.with_name("loss.png"), dpi=110)
+        except OSError as error:
+            self.say(f"warning: {prepare.format_error(error)}")
+
+
+def read_metrics(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Yield each line of metrics.jsonl, and what it says. Raises ValueError for one that says no step."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):  # the process was killed while it wrote this line
+            break
+        try:
+            values = json.loads(line)
+            values["step"] = int(values["step"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not a line of metrics ({error!r})") from None
+        yield line, values
 
 
 class NullLogger:
@@ -416,7 +433,7 @@ class TrainManager:
         c = self.config
         if state is not None:
             weights = {name: weight.clone() for name, weight in state["model"].items()}  # out of the file
-            return lm.TransformerLM.from_state_dict(self.model_config(state), weights)
+            return lm.model_from_state_dict(self.model_config(state), weights)
         if c.init_from:
             return prepare.load_model(prepare.find_model(c.init_from), dropout=c.dropout)
         torch.manual_seed(c.seed)
@@ -425,6 +442,7 @@ class TrainManager:
     def hand_out_weights(self, state: dict | None) -> None:
         """Under FSDP: the first process makes the whole model, and sends each process its share."""
         self.model.to_empty(device=self.device)
+        self.model.reset_parameters()  # fills RoPE's tables; the weights are replaced now
         weights = {}
         if self.rank == 0:
             weights = self.whole_model(state).state_dict()
@@ -677,9 +695,22 @@ class TrainManager:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.saved_step = state["step"]
-        self.best_val_loss = state["best_val_loss"]
-        self.best_step = state["best_step"]
+        self.best_val_loss, self.best_step = broadcast(self.find_best(state))
         self.wandb_id = state["wandb_id"]
+
+    def find_best(self, state: dict) -> tuple[float, int]:
+        """The best loss of this run on the data of now, and the update after which it was.
+
+        last.pt does not know of the evaluation that came after it; best.pt does.
+        """
+        best = (math.inf, 0)
+        candidates = [state]
+        with contextlib.suppress(OSError, ValueError):  # best.pt is missing or damaged
+            candidates.append(self.checkpoints.load("best.pt"))
+        for candidate in candidates:
+            if candidate["data"] == self.meta["sha256"] and candidate["best_val_loss"] < best[0]:
+                best = (candidate["best_val_loss"], candidate["best_step"])
+        return best
 
 
 # --------------------------------------------------------------------------------------------- Many processes
@@ -772,13 +803,21 @@ def find_run(overrides: dict) -> tuple[TrainConfig, str | None]:
     out_dir = overrides.get("out_dir", TrainConfig.out_dir)
     resume = overrides.get("resume", TrainConfig.resume)
     begun = Path(out_dir, "last.pt").exists() or Path(out_dir, "prev.pt").exists()
+    if not begun and Path(out_dir, "best.pt").exists():
+        raise ValueError(
+            f"{out_dir} holds the best.pt of a run, but no last.pt to go on from; name another --out_dir, "
+            f"and to begin with that model, add --init_from={shlex.quote(out_dir)}"
+        )
     if resume is True and not begun:
         raise ValueError(f"{out_dir} holds no last.pt to go on from; leave out --resume to begin a run")
     if resume and begun:
         config, checkpoint = resumed_run(overrides, out_dir)
     elif begun:
         go_on = shlex.join(["python", "train.py", f"--out_dir={out_dir}", "--resume=True"])
-        keep = shlex.join(["python", "train.py", f"--out_dir={out_dir}-2"])
+        words = ["python", "train.py"]
+        for key, value in {**overrides, "out_dir": f"{out_dir}-2"}.items():
+            words.append(f"--{key}={value}")
+        keep = shlex.join(words)
         raise ValueError(f"{out_dir} holds a run already; go on with it:  {go_on}  or keep it:  {keep}")
     else:
         config = new_config(overrides)
@@ -836,10 +875,11 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
     """The config of the run in out_dir, with the overrides that it may take, and its checkpoint's name."""
     checkpoint, state = find_checkpoint(out_dir)
     saved = {}
-    for key, value in state["config"].items():
-        if key not in MACHINE_KEYS:
-            saved[key] = value
-    config = TrainConfig(**saved)
+    with prepare.contents_of(Path(out_dir, checkpoint)):
+        for key, value in state["config"].items():
+            if key not in MACHINE_KEYS:
+                saved[key] = value
+        config = TrainConfig(**saved)
     for key in FIXED_KEYS:
         before = getattr(config, key)
         if overrides.get(key, before) != before:
@@ -855,7 +895,7 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
         changed = f"{config.data_dir} does not hold the data that the run in {out_dir} has seen so far"
         if "data_dir" not in overrides:
             raise ValueError(f"{changed}; to go on all the same, add --data_dir={config.data_dir}")
-        print(f"warning: {changed}")
+        print(f"warning: {changed}; best.pt will be replaced by the best on this data")
     return config, checkpoint
 
 
@@ -873,8 +913,10 @@ def is_finished(config: TrainConfig, step: int) -> bool:
     path = Path(config.out_dir, "metrics.jsonl")
     if step < config.max_steps or not path.exists():
         return False
-    last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    return last["step"] == step and "val_loss" in last
+    last = {}
+    for _, values in read_metrics(path):
+        last = values
+    return last.get("step") == step and "val_loss" in last
 
 
 def find_checkpoint(out_dir: str) -> tuple[str, dict]:
@@ -908,11 +950,12 @@ def find_checkpoint(out_dir: str) -> tuple[str, dict]:
 def make_manager(config: TrainConfig, checkpoint: str | None) -> TrainManager:
     """The manager of the run that find_run has found."""
     meta = prepare.load_meta(config.data_dir)
-    state = None
     if checkpoint is not None:  # find_run has verified it; mapped, it takes no memory until it is read
         path = Path(config.out_dir, checkpoint)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return TrainManager(config, meta, state)
+        with prepare.contents_of(path):
+            return TrainManager(config, meta, state)
+    return TrainManager(config, meta)
 
 
 def flops_per_token(model: lm.TransformerLM, context_length: int) -> int:
@@ -931,13 +974,14 @@ def describe(manager: TrainManager) -> str:
     num_params = sum(param.numel() for param in manager.params)
     tokens = c.max_steps * c.batch_size * c.context_length
     flops = tokens * flops_per_token(manager.model, c.context_length)
+    origin = f", from {c.init_from}" if c.init_from else ""
     going_on = f", going on after update {manager.step:,}" if manager.step > 0 else ""
     machine = f"{manager.device}, {manager.dtype_name}, {'compiled' if manager.compile else 'eager'}"
     if manager.world_size > 1:
         machine += f", {manager.world_size} processes, {'FSDP' if c.fsdp else 'DDP'}"
     return (
         f"model    {num_params:,} parameters: {shape.num_layers} layers, d_model {shape.d_model}, "
-        f"{shape.num_heads} heads\n"
+        f"{shape.num_heads} heads{origin}\n"
         f"data     {meta['train_tokens']:,} tokens of {meta['source']}\n"
         f"run      {c.max_steps:,} updates of {c.batch_size} x {c.context_length} tokens: {tokens:,} tokens, "
         f"{tokens / meta['train_tokens']:.2f} epochs, {flops:.2e} FLOP{going_on}\n"
@@ -977,7 +1021,7 @@ def run_training(manager: TrainManager, overrides: dict) -> int:
     """Train to the end, or until a signal asks to stop. Return the number of that signal, or 0."""
     config = manager.config
     command = resume_command(manager, overrides)
-    train_on = f"{command} --max_steps={2 * config.max_steps}"
+    train_on = f"{command} --max_steps={2 * max(manager.step, config.max_steps)}"
     first_process = manager.rank == 0
     if broadcast(is_finished(config, manager.step)):
         if first_process:
@@ -992,9 +1036,11 @@ def run_training(manager: TrainManager, overrides: dict) -> int:
     stop_on_signals(manager)
     steps_before = manager.step
     start_time = time.perf_counter()
-    stop_signal = manager.train(logger)
+    try:
+        stop_signal = manager.train(logger)
+    finally:
+        logger.close()
     seconds = int(time.perf_counter() - start_time)
-    logger.close()
     if manager.device.type == "cuda":
         logger.say(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     sample = shlex.join(["python", "sample.py", f"--checkpoint={config.out_dir}"])
