@@ -1395,7 +1395,10 @@ def test_what_was_prepared_inside_an_input_folder_is_no_text_and_the_input_may_l
     for _ in range(2):
         prepare.main(["in", f"--out_dir={out_dir}"])
         assert read_tokens(f"{out_dir}/train.bin") + read_tokens(f"{out_dir}/val.bin") == TEXT.encode()
-        Path(out_dir, "train.bin.tmp").write_text("left behind by a kill")
+        left_behind = Path(out_dir, ".train.bin.1234567.tmp")  # by a process that was killed
+        left_behind.write_text("")
+        prepare.main(["in", f"--out_dir={out_dir}"])
+        assert not left_behind.exists()
 
 
 def test_the_standard_library_is_split_by_whole_modules():
@@ -1535,6 +1538,93 @@ def test_a_tokenizer_of_words_and_byte_fallback_is_spelled_as_its_own_decoder_do
     wa = names.index("▁wa")  # each document begins and ends as the model has learned
     assert np.fromfile("data/train.bin", "<u2").tolist() == [1, *ids, 2, 1, wa]
     assert np.fromfile("data/val.bin", "<u2").tolist() == [1, wa]
+
+
+def test_each_file_is_read_once_and_what_was_read_and_replaced_is_said(folder, monkeypatch, capsys):
+    Path("in").mkdir()
+    Path("in/a.txt").write_text("a" * 100)
+    Path("in/link.txt").symlink_to("a.txt")
+    Path("in/lines.JSONL").write_text('{"text": "bb"}\n' * 2)
+    capsys.readouterr()
+    prepare.main(["in", "in/a.txt", "./in/a.txt", "--val_fraction=0.5"])
+    said = capsys.readouterr().out
+    assert "from in in/a.txt ./in/a.txt (files: 2, documents: 3), in place of those of text.txt\n" in said
+    assert read_tokens("data/train.bin").count(b"a") + read_tokens("data/val.bin").count(b"a") == 100
+    assert not capsys.readouterr().out.count("{")
+
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", folder))
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(PermissionError):
+        prepare.main(["in"])
+
+
+def test_learning_tokens_ends_on_ctrl_c_and_is_quick_for_a_word_of_a_million_letters(folder, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    handlers = []
+    learn = tokenizers.ByteLevelBPETokenizer.train_from_iterator
+
+    def learn_and_look(*args, **kwargs):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return learn(*args, **kwargs)
+
+    monkeypatch.setattr(tokenizers.ByteLevelBPETokenizer, "train_from_iterator", learn_and_look)
+    before = signal.getsignal(signal.SIGINT)
+    Path("long.txt").write_text("a" * 1_000_000)
+    start_time = time.perf_counter()
+    prepare.main(["long.txt", "--tokenizer=bpe"])
+    assert time.perf_counter() - start_time < 30  # over 100 seconds without the cut
+    assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(ValueError, match="--vocab_size=1000000000: too many for 1,000,000 bytes of text"):
+        prepare.main(["long.txt", "--tokenizer=bpe", "--vocab_size=1e9"])
+
+
+DEEP = "[" * 100_000
+
+
+def test_what_is_empty_nested_or_impossible_is_one_error(folder, monkeypatch):
+    Path("deep.jsonl").write_text(DEEP)
+    Path("latin.txt").write_bytes("é".encode("latin-1") * 100)
+    Path("tokenizer.json").write_text('{"version": "1.0"}' + " " * 2_000_000 + "x" * 2_000_000)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9" * 1000)))
+    for main, words, message in (
+        (prepare.main, [""], "an input is an empty name"),
+        (prepare.main, ["deep.jsonl"], r"deep\.jsonl, line 1: not an object"),
+        (prepare.main, ["-", "--tokenizer=bpe"], r"^standard input: not UTF-8"),
+        (prepare.main, ["text.txt", "--tokenizer=tokenizer.json"], r"tokenizer\.json: not a tokenizer\.json"),
+        (prepare.main, ["text.txt", "--tokenizer=a/b"], "hf download a/b --local-dir b"),
+        (train.main, ["--init_from="], "--init_from=: the value is missing"),
+        (train.main, ["--vocab_size=0"], "--vocab_size=0: the tokenizer has 256"),
+        (train.main, ["--rope_theta=inf"], "rope_theta is inf"),
+        (train.main, ["--device=meta"], "--device=meta: not usable here"),
+        (sample.main, ["--export="], "--export=: the value is missing"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            main(words)
+        assert len(str(raised.value)) < 500
+    path = Path("data/meta.json")
+    good = path.read_text()
+    for bad in (DEEP, good.replace('"val_bytes": 854', '"val_bytes": 0'), "[]"):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=r"data/meta\.json: "):
+            prepare.load_meta("data")
+
+
+@pytest.mark.parametrize("line", ["{}", DEEP, "[]", '{"step": "late"}', "no json"])
+def test_a_line_of_metrics_without_a_step_is_an_error_that_names_the_file(trained, line):
+    with open("out/metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"out/metrics\.jsonl, line 6: not a line of metrics"):
+        train.main([*AGAIN, "--max_steps=3"])
+
+
+def test_weights_and_biases_that_do_not_work_are_one_error_before_anything_is_made(folder, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", raising(wandb.errors.UsageError("No API key.\nRun wandb login")))
+    with pytest.raises(ValueError, match=r"^--wandb_project=p: No API key\. Run wandb login$"):
+        train.main([*SMALL, "--wandb_project=p"])
+    assert not Path("out").exists()
 
 
 def test_a_line_that_is_no_document_is_refused_by_its_number(folder):
@@ -2254,6 +2344,28 @@ def test_sampling_reads_prompts_from_files_and_standard_input_and_keeps_the_end_
     say("")  # begins after the end of a document
 
 
+def test_echo_adds_nothing_to_a_prompt_and_ctrl_c_ends_the_answer_alone(trained, monkeypatch, capsys):
+    Path("out/best.pt").rename("out/other.pt")
+    Path("out/prev.pt").unlink(missing_ok=True)
+    message = r"out/best\.pt: not there, but out/last\.pt and out/other\.pt"
+    with pytest.raises(ValueError, match=message):
+        sample.main(["--checkpoint=out/best.pt"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"9 green\n")))
+    monkeypatch.setattr(TransformerLM, "stream", lambda *args, **kwargs: iter([torch.tensor([65])]))
+    sample.main([*CPU])
+    assert capsys.readouterr().out == "9 greenA\n"
+    answers = ["8 green", "9 green"]
+    monkeypatch.setattr("builtins.input", lambda question: answers.pop() if answers else raising(EOFError)())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(TransformerLM, "stream", raising(KeyboardInterrupt()))
+    sample.main([*CPU])  # both prompts were asked for
+    assert capsys.readouterr().out == "9 green\n8 green\n\n"
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([*CPU, "--prompt=x"])
+    with pytest.raises(ValueError, match=r"--export=out: holds a run of train\.py; name another folder"):
+        sample.main(["--export=out"])
+
+
 def test_a_sample_ends_where_a_document_does_and_does_not_show_its_end(trained, monkeypatch, capsys):
     drawn = [torch.tensor([token]) for token in (*b" of", prepare.ByteTokenizer.eos_id)]
     monkeypatch.setattr(TransformerLM, "stream", lambda *args, **kwargs: iter(drawn))
@@ -2569,6 +2681,121 @@ def damage(path):
     content = bytearray(Path(path).read_bytes())
     content[len(content) // 2] ^= 1
     Path(path).write_bytes(content)
+
+
+def test_a_best_model_without_a_last_one_is_not_overwritten(trained):
+    Path("out/last.pt").unlink()
+    before = contents("out")
+    for words in ([], ["--resume=auto"], ["--resume=True"]):
+        with pytest.raises(ValueError, match=r"out holds the best\.pt of a run, .* add --init_from=out$"):
+            train.main([*SMALL, *words])
+    assert contents("out") == before
+
+
+def test_the_best_model_stays_although_last_does_not_know_of_the_last_evaluation(folder, monkeypatch):
+    losses = {0: 4.0, 4: 3.0, 6: 1.0, 8: 2.0}
+    monkeypatch.setattr(train.TrainManager, "evaluate", lambda self: (losses[self.step], 1.0))
+    train.main([*SMALL, "--max_steps=6"])  # saves, then evaluates
+    best = Path("out/best.pt").read_bytes()
+    train.main([*AGAIN, "--max_steps=8"])  # 6 is no update at which this run evaluates
+    assert Path("out/best.pt").read_bytes() == best
+    assert (last()["best_val_loss"], last()["best_step"]) == (1.0, 6)
+
+
+@pytest.mark.parametrize("main,words", [(train.main, SMALL), (prepare.main, ["text.txt"])])
+def test_a_second_process_does_not_write_to_the_same_folder(folder, main, words):
+    pytest.importorskip("fcntl")
+    lock = "with prepare.locked('shared'):\n    print('locked', flush=True)\n    time.sleep(60)"
+    lock = f"import prepare, time\n{lock}"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    other = subprocess.Popen([sys.executable, "-c", lock], stdout=subprocess.PIPE, env=environment)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="shared: another process is writing to it; name another folder"):
+        main([*words, "--out_dir=shared", *(["--max_steps=1"] if main is train.main else [])])
+    assert os.listdir("shared") == [".lock"]
+    other.kill()
+    other.wait()
+    main([*words, "--out_dir=shared", *(["--max_steps=1"] if main is train.main else [])])  # it died with it
+    assert len(os.listdir("shared")) > 3
+
+
+def test_temporary_files_of_two_processes_have_two_names(folder, monkeypatch):
+    with lm.atomic_write("x") as first:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with lm.atomic_write("x") as second:
+            assert first.name != second.name
+
+
+@pytest.mark.parametrize("closed", ["pipe", "all"])
+def test_no_print_and_no_picture_ends_a_run(folder, closed):
+    Path("out/loss.png").mkdir(parents=True)  # which cannot be written then
+    words = shlex.join([sys.executable, str(ROOT / "train.py"), *SMALL, "--max_steps=3"])
+    rest = {"pipe": "2>&1 | true; exit ${PIPESTATUS[0]}", "all": "<&- >&- 2>&-"}[closed]
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    assert subprocess.run(["bash", "-c", f"{words} {rest}"], env=environment, timeout=100).returncode == 0
+    assert last()["step"] == 3 and len(metrics()) == 6
+
+
+def test_text_is_read_and_written_as_utf8_whatever_the_locale():
+    for name in ("lm.py", "prepare.py", "train.py", "sample.py"):
+        for call in ast.walk(ast.parse((ROOT / name).read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            function = (
+                call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            )
+            modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+            binary = any("b" in str(mode) for mode in modes)
+            devnull = "devnull" in ast.unparse(call)
+            if function in ("open", "read_text", "write_text") and not binary and not devnull:
+                assert any(k.arg == "encoding" for k in call.keywords), ast.unparse(call)
+
+
+def rename(state, old, new):
+    state[new] = state.pop(old)
+
+
+WRONG = {
+    "no weight": lambda s: s["model"].pop("norm.weight"),
+    "another weight": lambda s: s["model"].update(extra=torch.ones(2)),
+    "a weight of another shape": lambda s: s["model"].update({"norm.weight": torch.ones(3)}),
+    "a weight that is a number": lambda s: s["model"].update({"norm.weight": 1.0}),
+    "weights in a list": lambda s: s.update(model=[1]),
+    "no shape": lambda s: s.update(model_config=None),
+    "a shape without d_model": lambda s: s["model_config"].pop("d_model"),
+    "a shape with a new field": lambda s: s["model_config"].update(heads=3),
+    "a shape with a text": lambda s: s["model_config"].update(d_model="wide"),
+    "another shape": lambda s: s["model_config"].update(num_layers=2),
+    "a step that is a text": lambda s: s.update(step="3"),
+    "a step before the first": lambda s: s.update(step=-3),
+    "a config in a list": lambda s: s.update(config=["max_steps"]),
+    "a config with a text": lambda s: s["config"].update(max_steps="many"),
+    "no optimizer state": lambda s: s["optimizer"].update(state={}),
+    "an optimizer state less": lambda s: s["optimizer"]["state"].pop("norm.weight"),
+    "an optimizer state of another shape": lambda s: s["optimizer"]["state"]["norm.weight"].update(
+        exp_avg=torch.ones(3)
+    ),
+    "an optimizer without groups": lambda s: s["optimizer"].pop("param_groups"),
+    "an optimizer in a text": lambda s: s.update(optimizer="adamw"),
+    "no dtype": lambda s: s.pop("dtype"),
+    "an unknown dtype": lambda s: s.update(dtype="float7"),
+    "no scaler": lambda s: s.pop("scaler"),
+    "no tokenizer": lambda s: s.pop("tokenizer"),
+    "an unknown tokenizer": lambda s: s.update(tokenizer={"kind": "runes"}),
+    "no best loss": lambda s: s.pop("best_val_loss"),
+    "a best loss that is a text": lambda s: s.update(best_val_loss="good"),
+    "no data": lambda s: s.pop("data"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_whole_checkpoint_with_wrong_contents_is_refused_by_name(folder, wrong):
+    state = checkpoint_of_this_version()
+    WRONG[wrong](state)
+    CheckpointHandler("out").save("last.pt", state)
+    with pytest.raises(ValueError, match="out"):
+        train.main(["--resume=True", "--device=cpu"])
+    assert not Path("out/metrics.jsonl").exists() and same(last(), state)
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(folder, capsys):

@@ -685,10 +685,15 @@ class TrainManager:
         options = full_state.StateDictOptions(full_state_dict=True)
         # The groups of the checkpoint hold the lr, betas and weight decay of its time; keep those of now.
         groups = self.optimizer.param_groups
+        if len(state["optimizer"]["state"]) != len(self.params):  # torch would begin with zeros
+            raise ValueError("the state of the optimizer does not fit the model")
         full_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
         self.optimizer.param_groups = groups
         # Copy step, exp_avg and exp_avg_sq to the device of their parameter: they lie in the mapped file.
-        for param, param_state in self.optimizer.state.items():
+        for param in self.params:
+            param_state = self.optimizer.state[param]
+            if param_state["exp_avg"].shape != param.shape:
+                raise ValueError("the state of the optimizer does not fit the model")
             for key, tensor in param_state.items():
                 param_state[key] = tensor.to(param.device, copy=True)
         if state["scaler"]:  # empty if the run was not in float16
@@ -919,6 +924,21 @@ def is_finished(config: TrainConfig, step: int) -> bool:
     return last.get("step") == step and "val_loss" in last
 
 
+CHECKPOINT = {
+    "model": dict,
+    "model_config": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "step": int,
+    "config": dict,
+    "dtype": str,
+    "best_val_loss": float,
+    "best_step": int,
+    "tokenizer": dict,
+    "data": str,
+}
+
+
 def find_checkpoint(out_dir: str) -> tuple[str, dict]:
     """The name and the content of out_dir/last.pt or, if that is damaged or missing, of prev.pt."""
     checkpoints = lm.CheckpointHandler(out_dir)
@@ -941,6 +961,13 @@ def find_checkpoint(out_dir: str) -> tuple[str, dict]:
         raise ValueError(f"{path}: not a checkpoint of train.py, or one of an earlier version; train anew")
     if "optimizer" not in state:
         raise ValueError(f"{path}: has no optimizer, as a best.pt; only a last.pt can be resumed")
+    for key, kind in CHECKPOINT.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(
+                f"{path}: damaged: {key} is a {type(state.get(key)).__name__}, no {kind.__name__}"
+            )
+    if state["step"] < 1:
+        raise ValueError(f"{path}: damaged: step is {state['step']}")
     unknown = sorted(state["config"].keys() - set(KEYS))
     if unknown:
         raise ValueError(f"{path}: of a later version of train.py, with the key {unknown[0]}")
