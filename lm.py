@@ -601,8 +601,10 @@ class ModelConfig:  # needs: ROPE_SCALING
             self.d_ff = 8 * math.ceil(self.d_model / 3)  # a multiple of 8
         sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
+        if self.num_layers > 10_000:
+            raise ValueError(f"num_layers is {self.num_layers}; it must be at most 10,000")
         if self.d_model % (2 * self.num_heads) != 0:
             raise ValueError(
                 f"d_model is {self.d_model}; it must be a multiple of 2 * num_heads, {2 * self.num_heads}, "

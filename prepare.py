@@ -754,7 +754,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether the memory of any device is full. On a CPU, torch raises a RuntimeError then."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    too_large = "allocate memory" in str(error) or "Storage size" in str(error)
+    return isinstance(error, RuntimeError) and too_large
 
 
 def format_error(error: Exception) -> str:

@@ -321,6 +321,8 @@ def test_dropout_drops_of_each_residual_branch_and_nothing_else(silent):
         ("d_model", {"d_model": 12, "num_heads": 4}),  # heads of 3 features have no pairs
         ("num_kv_heads", {"num_kv_heads": 3}),
         ("vocab_size", {"vocab_size": 0}),
+        ("d_ff", {"d_ff": 10**18}),
+        ("num_layers", {"num_layers": 2**30}),  # would take days to make
         ("d_ff", {"d_ff": -1}),
         ("norm_eps", {"norm_eps": 0.0}),
         ("rope_theta", {"rope_theta": math.inf}),
@@ -3028,7 +3030,8 @@ def test_an_output_folder_that_cannot_be_written_is_an_error_at_the_start(folder
 
 def test_out_of_memory_names_the_keys_that_lower_it(folder, monkeypatch):
     said = RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    for problem in (torch.OutOfMemoryError("CUDA"), said, RuntimeError("a bug")):
+    overflow = RuntimeError("Storage size calculation overflowed with sizes=[2, 2]")
+    for problem in (torch.OutOfMemoryError("CUDA"), said, overflow, RuntimeError("a bug")):
         monkeypatch.setattr(train.TrainManager, "update", raising(problem))
         message = "^out of memory; lower --micro_batch_size, .* or try --recompute=True$|a bug"
         with pytest.raises((ValueError, RuntimeError), match=message) as raised:
