@@ -121,7 +121,7 @@ class RMSNorm(nn.Module):
 
     What the blocks add to the residual stream changes its scale, from block to block and in the course of
     training. Attention and feed-forward learn best if their input keeps its scale, so each has an RMSNorm
-    before it. The gains are learned; ε only prevents division by 0.
+    before it, and so has the last map, to logits. The gains are learned; ε only prevents division by 0.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
 
@@ -240,10 +240,7 @@ class RoPE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the two tables: a row for each position, a column for each pair.
-
-        Call this after `to_empty`, if the module was made on the meta device: no state dict has the tables.
-        """
+        """Fill the two tables: a row for each position, a column for each pair. No state dict holds them."""
         device = self.cos.device
         position = torch.arange(self.context_length, dtype=torch.float32, device=device)
         two_j = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
@@ -587,7 +584,7 @@ class ModelConfig:  # needs: ROPE_SCALING
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None  # None: num_heads
-    d_ff: int | None = None  # None: 8/3 · d_model. Older feed-forwards: 2 matrices, d_ff = 4 D
+    d_ff: int | None = None  # None: 8/3 · d_model, a usual choice for SwiGLU
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # the arguments of RoPE.scale_frequencies; None: no scaling
     norm_eps: float = 1e-5
@@ -738,7 +735,8 @@ class TransformerLM(nn.Module):  # needs: everything above
     ) -> Tensor:
         """prompt (B, P) → prompt and continuation, (B, P + new). The arguments are those of `stream`.
 
-        It draws one token after another. In its plainest form, which reads all tokens anew each time, that is
+        It draws one token after another. In its plainest form, which reads all tokens anew each time and ends
+        at context_length, that is
 
             for _ in range(max_new_tokens):
                 token = sample_token(model(tokens)[:, -1])
@@ -772,7 +770,7 @@ class TransformerLM(nn.Module):  # needs: everything above
         finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         for _ in range(max_new_tokens):
             # 1. Make room. A full cache cannot drop its first token, because what it holds of the others was
-            #    computed with it. So keep the last half of the window, and read that again.
+            #    computed with it. So keep the last half of the window, and read that again, from position 0.
             if window.shape[1] > context_length:
                 window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache(max_length) for _ in self.layers]

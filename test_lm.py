@@ -3122,12 +3122,17 @@ def test_the_readmes_commands_run(folder, capsys):
     Path("loads.py").write_text(loads)
     runpy.run_path("loads.py")
     assert capsys.readouterr().out.startswith("Once ")
-    (compares,) = (block for block in blocks if "same-model" in block)
+    (compares,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/speed.md").read_text(), re.DOTALL)
     Path("compares.py").write_text(
         compares.replace("rounds = torch.bfloat16, 20", "rounds = torch.bfloat16, 1")
     )
     runpy.run_path("compares.py")
     assert re.fullmatch(r"step {'lm.py': '.* ms'}\ngenerate {'lm.py': '.* ms'}\n", capsys.readouterr().out)
+
+
+def test_the_readmes_promises_name_tests_that_exist():
+    named = re.findall(r"^\| .* \| `(test_\w+)` \|$", README, re.MULTILINE)
+    assert len(named) >= 12 and set(named) <= globals().keys()
 
 
 def exercises():

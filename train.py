@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as full_state
+from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 import lm
@@ -355,7 +355,7 @@ class TrainManager:
         self.checkpoints = lm.CheckpointHandler(config.out_dir)
         self.train_data = self.open_data("train")
         self.val_data = self.open_data("val")
-        self.choose_machine(state)
+        self.setup_device(state)
         self.build_model(state)
         self.build_optimizer()
         if state is not None:
@@ -377,7 +377,7 @@ class TrainManager:
         data.windows(np.arange(min(len(data), 4096)))  # a cheap look for tokens out of range
         return data
 
-    def choose_machine(self, state: dict | None) -> None:
+    def setup_device(self, state: dict | None) -> None:
         """Decide what the keys of the machine are here. The config keeps them as they were asked for."""
         dtype = self.config.dtype
         if dtype == "auto" and state is not None:
@@ -406,7 +406,7 @@ class TrainManager:
             with torch.device("meta"):
                 self.model = lm.TransformerLM(self.model_config(state))
         else:
-            self.model = self.whole_model(state)
+            self.model = self.make_full_model(state)
         self.model.recompute = c.recompute
         self.compute_loss = LossModule(self.model)
         if not c.fsdp:
@@ -416,7 +416,7 @@ class TrainManager:
         if dist.is_initialized():
             self.compute_loss = parallelize(self.compute_loss, self.device, self.dtype, c.fsdp, self.compile)
         if c.fsdp:
-            self.hand_out_weights(state)
+            self.broadcast_weights(state)
 
     def model_config(self, state: dict | None) -> lm.ModelConfig:
         """The shape of the model that this run begins or goes on with."""
@@ -428,7 +428,7 @@ class TrainManager:
             return dataclasses.replace(model_config, dropout=c.dropout)
         return c.model_config()
 
-    def whole_model(self, state: dict | None) -> lm.TransformerLM:
+    def make_full_model(self, state: dict | None) -> lm.TransformerLM:
         """The model, with its weights, on the CPU."""
         c = self.config
         if state is not None:
@@ -439,23 +439,23 @@ class TrainManager:
         torch.manual_seed(c.seed)
         return lm.TransformerLM(c.model_config())
 
-    def hand_out_weights(self, state: dict | None) -> None:
+    def broadcast_weights(self, state: dict | None) -> None:
         """Under FSDP: the first process makes the whole model, and sends each process its share."""
         self.model.to_empty(device=self.device)
         self.model.reset_parameters()  # fills RoPE's tables; the weights are replaced now
         weights = {}
         if self.rank == 0:
-            weights = self.whole_model(state).state_dict()
-        options = full_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        full_state.set_model_state_dict(self.model, weights, options=options)
+            weights = self.make_full_model(state).state_dict()
+        options = dcp_state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        dcp_state_dict.set_model_state_dict(self.model, weights, options=options)
 
     def build_optimizer(self) -> None:
         """Make the optimizer, and the scaler that float16 needs."""
         c = self.config
         self.params = list(self.model.parameters())
-        matrices = [param for param in self.params if param.ndim > 1]
-        gains = [param for param in self.params if param.ndim == 1]  # should be near 1: no decay towards 0
-        groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+        decay = [param for param in self.params if param.ndim > 1]
+        no_decay = [param for param in self.params if param.ndim == 1]  # should be near 1: no decay towards 0
+        groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
         lr = torch.tensor(c.max_lr, device=self.device)  # a tensor: one compiled step serves every value
         self.optimizer = lm.AdamW(groups, lr, (c.beta1, c.beta2), weight_decay=c.weight_decay)
         # float16 has no numbers below 6e-8, and gradients are small: the loss is scaled up for the backward
@@ -643,9 +643,9 @@ class TrainManager:
     def save(self, name: str, with_optimizer: bool = True) -> None:
         """Save the run to out_dir/name. Under FSDP the first process gathers the shares of all and writes."""
         # The file is the same for one process, DDP and FSDP: whole tensors, by name.
-        options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = dcp_state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
-            "model": full_state.get_model_state_dict(self.model, options=options),
+            "model": dcp_state_dict.get_model_state_dict(self.model, options=options),
             "model_config": dataclasses.asdict(self.model.config),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -658,7 +658,7 @@ class TrainManager:
             "wandb_id": self.wandb_id,
         }
         if with_optimizer:
-            state["optimizer"] = full_state.get_optimizer_state_dict(
+            state["optimizer"] = dcp_state_dict.get_optimizer_state_dict(
                 self.model, self.optimizer, options=options
             )
         if self.rank == 0:
@@ -682,12 +682,14 @@ class TrainManager:
 
         Each process takes what it holds of the optimizer's state: all of it, or its share under FSDP.
         """
-        options = full_state.StateDictOptions(full_state_dict=True)
+        options = dcp_state_dict.StateDictOptions(full_state_dict=True)
         # The groups of the checkpoint hold the lr, betas and weight decay of its time; keep those of now.
         groups = self.optimizer.param_groups
         if len(state["optimizer"]["state"]) != len(self.params):  # torch would begin with zeros
             raise ValueError("the state of the optimizer does not fit the model")
-        full_state.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        dcp_state_dict.set_optimizer_state_dict(
+            self.model, self.optimizer, state["optimizer"], options=options
+        )
         self.optimizer.param_groups = groups
         # Copy step, exp_avg and exp_avg_sq to the device of their parameter: they lie in the mapped file.
         for param in self.params:
@@ -745,7 +747,7 @@ def broadcast(value):
     return values[0]
 
 
-def on_first_process(work, *args) -> tuple:
+def run_on_rank_0(work, *args) -> tuple:
     """Call work(*args) in the first process alone, and return its result in all of them.
 
     If it fails, the first process raises the error and the others end.
@@ -891,7 +893,7 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
             raise ValueError(f"--{key}={overrides[key]}: the run in {out_dir} has {before} and keeps it")
     before = config
     config = dataclasses.replace(config, **overrides)
-    say_if_lr_rises(before, config, state["step"])
+    warn_if_lr_rises(before, config, state["step"])
 
     meta = prepare.load_meta(config.data_dir)
     if state["tokenizer"] != meta["tokenizer"]:
@@ -904,7 +906,7 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
     return config, checkpoint
 
 
-def say_if_lr_rises(before: TrainConfig, config: TrainConfig, step: int) -> None:
+def warn_if_lr_rises(before: TrainConfig, config: TrainConfig, step: int) -> None:
     """Warn if a longer schedule, or a higher one, raises the learning rate of a run at update `step`."""
     rates = []
     for c in (before, config):
@@ -1087,7 +1089,7 @@ def run_training(manager: TrainManager, overrides: dict) -> int:
 def main(argv: list[str]) -> None:
     overrides = prepare.parse_args(TrainConfig, argv, __doc__)
     init_distributed()
-    config, checkpoint = on_first_process(find_run, overrides)
+    config, checkpoint = run_on_rank_0(find_run, overrides)
     try:
         stop_signal = run_training(make_manager(config, checkpoint), overrides)
     except (RuntimeError, MemoryError) as error:
