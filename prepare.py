@@ -464,6 +464,8 @@ def read_tokenizer_json(file: Path) -> dict:
     for name in SETTINGS_FILES:
         if file.with_name(name).exists():
             settings[name] = file.with_name(name).read_text(encoding="utf-8")
+            if name.endswith(".json"):
+                read_json(file.with_name(name))  # if it is damaged, say so now
     if settings:
         spec["settings"] = settings
     for config in (file.with_name("generation_config.json"), file.with_name("config.json")):

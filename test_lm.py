@@ -1588,6 +1588,9 @@ DEEP = "[" * 100_000
 def test_what_is_empty_nested_or_impossible_is_one_error(folder, monkeypatch):
     Path("deep.jsonl").write_text(DEEP)
     Path("latin.txt").write_bytes("é".encode("latin-1") * 100)
+    Path("damaged").mkdir()
+    Path("damaged/tokenizer.json").write_text("{}")
+    Path("damaged/tokenizer_config.json").write_text(DEEP)
     Path("tokenizer.json").write_text('{"version": "1.0"}' + " " * 2_000_000 + "x" * 2_000_000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9" * 1000)))
     for main, words, message in (
@@ -1595,6 +1598,7 @@ def test_what_is_empty_nested_or_impossible_is_one_error(folder, monkeypatch):
         (prepare.main, ["deep.jsonl"], r"deep\.jsonl, line 1: not an object"),
         (prepare.main, ["-", "--tokenizer=bpe"], r"^standard input: not UTF-8"),
         (prepare.main, ["text.txt", "--tokenizer=tokenizer.json"], r"tokenizer\.json: not a tokenizer\.json"),
+        (prepare.main, ["text.txt", "--tokenizer=damaged"], r"damaged/tokenizer_config\.json: damaged, not"),
         (prepare.main, ["text.txt", "--tokenizer=a/b"], "hf download a/b --local-dir b"),
         (train.main, ["--init_from="], "--init_from=: the value is missing"),
         (train.main, ["--vocab_size=0"], "--vocab_size=0: the tokenizer has 256"),
