@@ -786,8 +786,9 @@ def locked(folder: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is writing to it; name another folder") from None
-        except OSError:
-            pass  # some network file systems have no locks
+        except OSError:  # some network file systems have no locks
+            yield
+            return
         for leftover in Path(folder).glob(".*.[0-9]*.tmp"):  # by atomic_write of a process that was killed
             leftover.unlink()
         yield

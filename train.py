@@ -356,10 +356,14 @@ class TrainManager:
         self.train_data = self.open_data("train")
         self.val_data = self.open_data("val")
         self.setup_device(state)
-        self.build_model(state)
-        self.build_optimizer()
-        if state is not None:
-            self.load(state)
+        if state is None:
+            self.build_model(state)
+            self.build_optimizer()
+        else:
+            with prepare.contents_of(Path(config.out_dir)):
+                self.build_model(state)
+                self.build_optimizer()
+                self.load(state)
         if self.compile and not config.fsdp:  # after load, which makes a step of its own
             self.optimizer.step = torch.compile(self.optimizer.step)
 
@@ -968,6 +972,8 @@ def find_checkpoint(out_dir: str) -> tuple[str, dict]:
             raise ValueError(
                 f"{path}: damaged: {key} is a {type(state.get(key)).__name__}, no {kind.__name__}"
             )
+    if state["dtype"] not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{path}: damaged: dtype is {state['dtype']}")
     if state["step"] < 1:
         raise ValueError(f"{path}: damaged: step is {state['step']}")
     unknown = sorted(state["config"].keys() - set(KEYS))
@@ -982,8 +988,7 @@ def make_manager(config: TrainConfig, checkpoint: str | None) -> TrainManager:
     if checkpoint is not None:  # find_run has verified it; mapped, it takes no memory until it is read
         path = Path(config.out_dir, checkpoint)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        with prepare.contents_of(path):
-            return TrainManager(config, meta, state)
+        return TrainManager(config, meta, state)
     return TrainManager(config, meta)
 
 
