@@ -3119,6 +3119,7 @@ def test_the_readmes_commands_run(folder, capsys):
         if script == "train" and "--resume=True" not in words:
             fixed = ("--d_model", "--num_layers") if "--init_from" in arguments else ()
             words += [word for word in short.split() if not word.startswith(fixed)]
+            words += ["--compile=False"]  # not every machine has a compiler
         {"prepare": prepare, "train": train, "sample": sample}[script].main(words)
     assert "sample more" in capsys.readouterr().out
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
