@@ -462,10 +462,11 @@ def read_tokenizer_json(file: Path) -> dict:
     spec = {"kind": "bpe", "json": file.read_text(encoding="utf-8")}
     settings = {}
     for name in SETTINGS_FILES:
-        if file.with_name(name).exists():
-            settings[name] = file.with_name(name).read_text(encoding="utf-8")
+        path = file.with_name(name)
+        if path.exists():
+            settings[name] = path.read_text(encoding="utf-8")
             if name.endswith(".json"):
-                read_json(file.with_name(name))  # if it is damaged, say so now
+                read_json(path)  # if it is damaged, say so now
     if settings:
         spec["settings"] = settings
     for config in (file.with_name("generation_config.json"), file.with_name("config.json")):
@@ -689,7 +690,7 @@ def parse_value(word: str, text: str, kind) -> object:
         if text.lower() == "none":
             return None
         kind = typing.get_args(kind)[0]
-    if text == "" and not word.startswith("--prompt="):
+    if text == "" and not word.startswith("--prompt="):  # a prompt may be empty
         raise ValueError(f"{word}: the value is missing")
     if kind is str:
         return text

@@ -160,8 +160,8 @@ class Logger:
         self.path = Path(config.out_dir, "metrics.jsonl")
         self.lock = contextlib.ExitStack()
         self.lock.enter_context(prepare.locked(config.out_dir))  # two runs would mix their files
-        # Line by line, so that a killed run has written all that it has reported.
-        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        # Open for the whole run, and written line by line, so that a killed run has written what it reported.
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.cut_metrics(step)
         if step == 0:
             self.file.write(json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n")
@@ -356,13 +356,10 @@ class TrainManager:
         self.train_data = self.open_data("train")
         self.val_data = self.open_data("val")
         self.setup_device(state)
-        if state is None:
-            self.build_model(state)
-            self.build_optimizer()
-        else:
+        self.build_model(state)
+        self.build_optimizer()
+        if state is not None:
             with prepare.contents_of(Path(config.out_dir)):
-                self.build_model(state)
-                self.build_optimizer()
                 self.load(state)
         if self.compile and not config.fsdp:  # after load, which makes a step of its own
             self.optimizer.step = torch.compile(self.optimizer.step)
@@ -436,8 +433,9 @@ class TrainManager:
         """The model, with its weights, on the CPU."""
         c = self.config
         if state is not None:
-            weights = {name: weight.clone() for name, weight in state["model"].items()}  # out of the file
-            return lm.model_from_state_dict(self.model_config(state), weights)
+            with prepare.contents_of(Path(c.out_dir)):
+                weights = {name: weight.clone() for name, weight in state["model"].items()}  # out of the file
+                return lm.model_from_state_dict(self.model_config(state), weights)
         if c.init_from:
             return prepare.load_model(prepare.find_model(c.init_from), dropout=c.dropout)
         torch.manual_seed(c.seed)
@@ -706,7 +704,7 @@ class TrainManager:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.saved_step = state["step"]
-        self.best_val_loss, self.best_step = broadcast(self.find_best(state))
+        self.best_val_loss, self.best_step = run_on_rank_0(self.find_best, state)
         self.wandb_id = state["wandb_id"]
 
     def find_best(self, state: dict) -> tuple[float, int]:
@@ -891,13 +889,13 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
             if key not in MACHINE_KEYS:
                 saved[key] = value
         config = TrainConfig(**saved)
+        lm.ModelConfig(**state["model_config"])  # raises an error if this cannot be
     for key in FIXED_KEYS:
         before = getattr(config, key)
         if overrides.get(key, before) != before:
             raise ValueError(f"--{key}={overrides[key]}: the run in {out_dir} has {before} and keeps it")
     before = config
     config = dataclasses.replace(config, **overrides)
-    warn_if_lr_rises(before, config, state["step"])
 
     meta = prepare.load_meta(config.data_dir)
     if state["tokenizer"] != meta["tokenizer"]:
@@ -907,6 +905,7 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
         if "data_dir" not in overrides:
             raise ValueError(f"{changed}; to go on all the same, add --data_dir={config.data_dir}")
         print(f"warning: {changed}; best.pt will be replaced by the best on this data")
+    warn_if_lr_rises(before, config, state["step"])
     return config, checkpoint
 
 
@@ -1057,7 +1056,7 @@ def run_training(manager: TrainManager, overrides: dict) -> int:
     command = resume_command(manager, overrides)
     train_on = f"{command} --max_steps={2 * max(manager.step, config.max_steps)}"
     first_process = manager.rank == 0
-    if broadcast(is_finished(config, manager.step)):
+    if run_on_rank_0(is_finished, config, manager.step):
         if first_process:
             print(f"{config.out_dir} holds a finished run of {manager.step:,} updates; train on:  {train_on}")
         return 0
