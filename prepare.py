@@ -238,6 +238,7 @@ def files_in_folder(folder: Path, out: Path) -> list[Path]:
         raise error
 
     files = []
+    num_dead_links = 0
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]  # where os.walk goes next
         for name in names:
@@ -245,6 +246,9 @@ def files_in_folder(folder: Path, out: Path) -> list[Path]:
             is_ours = name in OUTPUTS and path.parent.resolve() == out
             if path.is_file() and not name.startswith(".") and not is_ours:
                 files.append(path)
+            num_dead_links += path.is_symlink() and not path.exists()
+    if num_dead_links > 0:
+        print(f"warning: {folder}: {num_dead_links:,} links that lead nowhere are left out", file=sys.stderr)
     return sorted(files)
 
 

@@ -657,6 +657,7 @@ class TrainManager:
             "best_step": self.best_step,
             "tokenizer": self.meta["tokenizer"],
             "data": self.meta["sha256"],
+            "train_tokens": self.meta["train_tokens"],
             "wandb_id": self.wandb_id,
         }
         if with_optimizer:
@@ -717,7 +718,7 @@ class TrainManager:
         with contextlib.suppress(OSError, ValueError):  # best.pt is missing or damaged
             candidates.append(self.checkpoints.load("best.pt"))
         for candidate in candidates:
-            if candidate["data"] == self.meta["sha256"] and candidate["best_val_loss"] < best[0]:
+            if is_same_data(candidate, self.meta) and candidate["best_val_loss"] < best[0]:
                 best = (candidate["best_val_loss"], candidate["best_step"])
         return best
 
@@ -900,13 +901,19 @@ def resumed_run(overrides: dict, out_dir: str) -> tuple[TrainConfig, str]:
     meta = prepare.load_meta(config.data_dir)
     if state["tokenizer"] != meta["tokenizer"]:
         raise ValueError(f"--data_dir={config.data_dir}: not the tokenizer that the run in {out_dir} has")
-    if state["data"] != meta["sha256"]:
+    if not is_same_data(state, meta):
         changed = f"{config.data_dir} does not hold the data that the run in {out_dir} has seen so far"
         if "data_dir" not in overrides:
             raise ValueError(f"{changed}; to go on all the same, add --data_dir={config.data_dir}")
         print(f"warning: {changed}; best.pt will be replaced by the best on this data")
     warn_if_lr_rises(before, config, state["step"])
     return config, checkpoint
+
+
+def is_same_data(state: dict, meta: dict) -> bool:
+    """Whether a checkpoint was trained on the data that `meta` describes: the same text, split as before."""
+    train_tokens = state.get("train_tokens", meta["train_tokens"])  # earlier versions did not save it
+    return state["data"] == meta["sha256"] and train_tokens == meta["train_tokens"]
 
 
 def warn_if_lr_rises(before: TrainConfig, config: TrainConfig, step: int) -> None:
