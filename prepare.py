@@ -21,6 +21,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -116,8 +117,8 @@ class Corpus:
         """
         total_size = sum(path.stat().st_size for path in self.files)
         progress = Progress(doing, total_size / 1e6, "MB")
-        every = round(1 / self.val_fraction)
-        few_documents = sum(1 for _ in itertools.islice(self.documents(), every)) < every
+        enough = math.ceil(1 / self.val_fraction)
+        few_documents = sum(1 for _ in itertools.islice(self.documents(), enough)) < enough
         for number, (path, file) in enumerate(self.documents(), start=1):
             self.num_documents = number
             size = file.seek(0, os.SEEK_END)
@@ -126,8 +127,10 @@ class Corpus:
                 cut = 0 if path in self.val_files else size
             elif few_documents:
                 cut = next_character(file, size - int(size * self.val_fraction))
-            else:
-                cut = 0 if number % every == 0 else size
+            else:  # hold out the 10th, the 20th, … for 0.1; the 3rd, the 5th, the 8th, … for 0.4
+                held_out_before = int((number - 1) * self.val_fraction)
+                held_out = int(number * self.val_fraction)
+                cut = 0 if held_out > held_out_before else size
             block_size = max(1, size) if whole_documents else 2**16
             for split, start, end in (("train", 0, cut), ("val", cut, size)):
                 for piece in read_pieces(path, file, split, start, end, block_size):
@@ -246,9 +249,10 @@ def files_in_folder(folder: Path, out: Path) -> list[Path]:
             is_ours = name in OUTPUTS and path.parent.resolve() == out
             if path.is_file() and not name.startswith(".") and not is_ours:
                 files.append(path)
-            num_dead_links += path.is_symlink() and not path.exists()
+            if path.is_symlink() and not path.exists():
+                num_dead_links += 1
     if num_dead_links > 0:
-        print(f"warning: {folder}: {num_dead_links:,} links that lead nowhere are left out", file=sys.stderr)
+        print(f"warning: {folder}: links that lead nowhere, left out: {num_dead_links:,}", file=sys.stderr)
     return sorted(files)
 
 

@@ -1376,6 +1376,8 @@ def test_val_fraction_says_which_documents_are_held_out(folder):
     assert read_tokens("data/val.bin") == b"4\x008"
     prepare.main(["corpus.jsonl", "--val_fraction=0.5"])
     assert read_tokens("data/val.bin") == b"2\x004\x006\x008"
+    prepare.main(["corpus.jsonl", "--val_fraction=0.4"])
+    assert read_tokens("data/val.bin") == b"3\x005\x008"
 
 
 def test_of_fewer_documents_the_end_of_each_is_held_out_and_no_character_cut(folder):
@@ -1551,7 +1553,7 @@ def test_each_file_is_read_once_and_what_was_read_and_replaced_is_said(folder, m
     capsys.readouterr()
     prepare.main(["in", "in/a.txt", "./in/a.txt", "--val_fraction=0.5"])
     said, warned = capsys.readouterr()
-    assert warned == "warning: in: 1 links that lead nowhere are left out\n"
+    assert warned == "warning: in: links that lead nowhere, left out: 1\n"
     assert "from in in/a.txt ./in/a.txt (files: 2, documents: 3), in place of those of text.txt\n" in said
     assert read_tokens("data/train.bin").count(b"a") + read_tokens("data/val.bin").count(b"a") == 100
 
@@ -2285,14 +2287,15 @@ def test_a_process_that_hangs_is_an_error_after_the_timeout(folder):
 
 
 @pytest.mark.slow
-def test_the_readmes_command_for_two_machines_runs_on_one_and_survives_a_kill(folder, monkeypatch):
+def test_the_command_for_two_machines_runs_on_one_and_survives_a_kill(folder, monkeypatch):
+    page = (ROOT / "docs/many_gpus.md").read_text()
     args = [*ALONE, "--max_steps=200", "--checkpoint_interval=10"]
     out, err = in_processes((2, [*args, "--out_dir=whole"]))
     assert out.endswith("ended 0 0\n"), err
-    command = re.search(r"^    torchrun (--nnodes=2 .*)$", README, re.MULTILINE)[1]
+    command = re.search(r"^    torchrun (--nnodes=2 .*)$", page, re.MULTILINE)[1]
     command = command.replace("HOST:29500", "localhost:29517").replace("node=8", "node=1")
     options, keys = (shlex.split(part) for part in command.split("train.py"))
-    monkeypatch.setenv(*re.search(r"^    export (.*)=(.*)$", README, re.MULTILINE).groups())
+    monkeypatch.setenv(*re.search(r"^    export (.*)=(.*)$", page, re.MULTILINE).groups())
     keys += [*args, "--data_dir=data", "--out_dir=out"]
     agents = [torchrun(*keys, options=options) for _ in range(2)]
     wait_for_update(agents[0], 20)
