@@ -261,7 +261,8 @@ class Logger:
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.subplots()
         for key, style in (("train_loss", "-"), ("val_loss", "o-")):
-            measured = [line for line in lines if key in line]
+            # Leave out the evaluation before training: it lies so high that it would flatten the rest.
+            measured = [line for line in lines if key in line and line["step"] > 0]
             steps = [line["step"] for line in measured]
             losses = [math.nan if line[key] is None else line[key] for line in measured]
             axes.plot(steps, losses, style, label=key, markersize=4)
