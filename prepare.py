@@ -128,9 +128,9 @@ class Corpus:
             elif few_documents:
                 cut = next_character(file, size - int(size * self.val_fraction))
             else:  # hold out the 10th, the 20th, … for 0.1; the 3rd, the 5th, the 8th, … for 0.4
-                held_out_before = int((number - 1) * self.val_fraction)
-                held_out = int(number * self.val_fraction)
-                cut = 0 if held_out > held_out_before else size
+                num_before = int((number - 1) * self.val_fraction)
+                num_now = int(number * self.val_fraction)
+                cut = 0 if num_now > num_before else size
             block_size = max(1, size) if whole_documents else 2**16
             for split, start, end in (("train", 0, cut), ("val", cut, size)):
                 for piece in read_pieces(path, file, split, start, end, block_size):
@@ -245,11 +245,13 @@ def files_in_folder(folder: Path, out: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]  # where os.walk goes next
         for name in names:
+            if name.startswith("."):
+                continue
             path = Path(parent, name)
             is_ours = name in OUTPUTS and path.parent.resolve() == out
-            if path.is_file() and not name.startswith(".") and not is_ours:
+            if path.is_file() and not is_ours:
                 files.append(path)
-            if path.is_symlink() and not path.exists():
+            elif path.is_symlink() and not path.exists():
                 num_dead_links += 1
     if num_dead_links > 0:
         print(f"warning: {folder}: links that lead nowhere, left out: {num_dead_links:,}", file=sys.stderr)
