@@ -13,6 +13,7 @@ import pty
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -3189,6 +3190,43 @@ def test_the_readmes_exercises_fit_lm_and_change_what_it_computes(tmp_path, numb
         loss = model.loss(torch.arange(16)[None], torch.arange(1, 17)[None]).item()
         results.append((loss, module["lr_cosine_schedule"](3, 1.0, 0.0, 10, 100)))
     assert results[0] != results[1] and all(map(math.isfinite, results[1]))
+
+
+EXPERIMENTS = (ROOT / "docs/experiments.md").read_text()
+DIFFS = re.findall(r"```diff\n(.*?)```", EXPERIMENTS, re.DOTALL)
+
+
+def apply_diff(diff, folder):
+    """Change copies of the scripts as a reader of docs/experiments.md would."""
+    for name in ("lm.py", "prepare.py", "train.py"):
+        shutil.copy(ROOT / name, folder)
+    subprocess.run(["git", "apply", "-"], input=diff.encode(), cwd=folder, check=True)
+
+
+def loss_after_an_update(path):
+    """The loss that the lm.py at path gives for a small model and seed 0."""
+    module = runpy.run_path(str(path))
+    torch.manual_seed(0)
+    model = module["TransformerLM"](module["ModelConfig"](61, 16, 32, 2, 4))
+    optimizer = module["AdamW"]([{"params": list(model.layers.parameters()), "muon": True}])
+    x, y = torch.arange(16)[None], torch.arange(1, 17)[None]
+    model.loss(x, y).backward()
+    optimizer.step()
+    return model.loss(x, y).item()
+
+
+@pytest.mark.parametrize("number", range(len(DIFFS)))
+def test_the_experiments_diffs_apply_and_change_what_lm_computes(tmp_path, number):
+    apply_diff(DIFFS[number], tmp_path)
+    changed, plain = (loss_after_an_update(folder / "lm.py") for folder in (tmp_path, ROOT))
+    assert math.isfinite(changed) and abs(changed - plain) > 1e-4
+
+
+def test_the_experiments_keys_are_keys_of_train():
+    found = re.findall(r"(?:`|train\.py )(--\w+=[^`\n]*)", EXPERIMENTS)
+    assert len(found) >= 2
+    for keys in found:
+        train.TrainConfig(**prepare.parse_args(train.TrainConfig, shlex.split(keys), ""))
 
 
 def test_the_readmes_guide_has_the_sections_of_lm_and_their_lines():
