@@ -3175,6 +3175,11 @@ def apply_diff(diff, folder):
     subprocess.run(["git", "apply", "-"], input=diff.encode(), cwd=folder, check=True)
 
 
+def muon_diff():
+    (diff,) = (diff for diff in DIFFS if "muon" in diff)
+    return diff
+
+
 def loss_after_an_update(path):
     """The loss that the lm.py at path gives for a small model and seed 0."""
     module = runpy.run_path(str(path))
@@ -3199,8 +3204,7 @@ def test_the_experiments_diffs_apply_and_change_what_lm_computes(tmp_path, numbe
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96)])
 def test_the_experiments_muon_is_torchs(tmp_path, shape):
     """torch's iterates in bfloat16, and so differs by about 1 % in each update."""
-    (diff,) = (diff for diff in DIFFS if "muon" in diff)
-    apply_diff(diff, tmp_path)
+    apply_diff(muon_diff(), tmp_path)
     module = runpy.run_path(str(tmp_path / "lm.py"))
     start = torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -3217,8 +3221,7 @@ def test_the_experiments_muon_is_torchs(tmp_path, shape):
 def test_the_experiments_muon_trains_and_resumes(folder, monkeypatch):
     for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
         monkeypatch.delenv(name, raising=False)  # the changed copies do not count as the project
-    (diff,) = (diff for diff in DIFFS if "muon" in diff)
-    apply_diff(diff, folder)
+    apply_diff(muon_diff(), folder)
     command(folder / "train.py", *SMALL, "--max_steps=2")
     assert "2 of them since it went on" in command(folder / "train.py", *AGAIN, "--max_steps=4")
 
