@@ -1,8 +1,8 @@
 """A Llama-style language model in one file: the model, its optimizer, its data and its checkpoints.
 
 A language model reads a sequence of tokens: integers that stand for pieces of text. In the simplest case each
-byte is a token. At each position the model predicts which token comes next, from the tokens up to there
-alone. So one pass over T tokens makes T predictions.
+byte is a token. At each position the model predicts which token comes next, from the token at that position
+and those before it, never from later ones. So one pass over T tokens makes T predictions.
 
     tokens (B, T)                        TransformerBlock:
       │                                    x (B, T, D)
@@ -16,23 +16,26 @@ alone. So one pass over T tokens makes T predictions.
       │
     logits (B, T, V)
 
-The same letters name the dimensions in every shape:
+The letters name the dimensions, here and in every shape below:
     B  batch: how many sequences are processed side by side
     T  time: how many tokens a sequence has
-    D  d_model: how many numbers describe a token inside the model
+    D  d_model: how many numbers, called features, describe a token inside the model
     V  vocabulary: how many different tokens there are
+Attention adds H, K, G and S; they are explained there.
 
-The embedding turns each token into a vector of D numbers. This vector x is called the residual stream: each
-block reads it and adds to it, twice. First attention adds what it collects from the token itself and from
-earlier ones. Then the feed-forward, SwiGLU, adds what it computes from each token's vector on its own. Both
-read a copy of x that RMSNorm has rescaled.
+The embedding turns each token into a vector of D numbers. These vectors x are called the residual stream:
+each block only adds to them, twice. First attention adds to each token's vector what it collects from the
+token itself and from earlier ones. Then the feed-forward, SwiGLU, adds what it computes from each vector on
+its own. Both read a copy of x that RMSNorm has rescaled.
 
-The last Linear turns each vector into V logits: one score z_i for every token i that might come next.
-Softmax, exp(z_i) / Σ_j exp(z_j), turns the scores into probabilities. The loss is the mean of -ln(probability
-of the true next token). It is called the cross-entropy, and measured in nats, the unit of the natural
-logarithm. A blind guess costs -ln(1/V) = ln(V), which is 5.5 nats for the 256 tokens that bytes make.
+The last Linear turns each vector into V logits: a number z_i for every token i that might come next. Softmax,
+exp(z_i) / Σ_j exp(z_j), turns them into probabilities. The loss is the mean of -ln(probability of the true
+next token). It is called the cross-entropy, and measured in nats, the unit of the natural logarithm. A blind
+guess costs -ln(1/V) = ln(V), which is 5.5 nats for the 256 tokens that bytes make.
 
-This trains a small model on the text of this very file, in about ten seconds on a laptop:
+Training changes the model's weights, the numbers in its matrices and tables, so that the loss falls.
+
+This trains a small model on the text of this very file, in about ten seconds:
 
     import torch
     from lm import AdamW, MemmapTokenDataset, ModelConfig, TransformerLM, lr_cosine_schedule
@@ -41,26 +44,28 @@ This trains a small model on the text of this very file, in about ten seconds on
     config = ModelConfig(vocab_size=256, context_length=64, d_model=64, num_layers=2, num_heads=4)
     model = TransformerLM(config)
     dataset = MemmapTokenDataset("lm.py", context_length=64, dtype="uint8")  # each byte of lm.py is a token
-    optimizer = AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = AdamW(model.parameters(), lr=0.0, weight_decay=0.0)  # lr, the learning rate: set below
 
     for step in range(500):
         # The learning rate says how far to move. It warms up from 0 for 50 steps, then decays to 0.
         for group in optimizer.param_groups:  # where an optimizer keeps its settings
             group["lr"] = lr_cosine_schedule(step, max_lr=3e-3, min_lr=0.0, warmup_steps=50, total_steps=500)
         tokens, targets = dataset.batch(step, batch_size=8, seed=0)  # targets: the token after each token
-        loss = model(tokens, targets)  # the forward pass, which torch records
-        loss.backward()  # the backward pass: the gradient, which says how the loss changes with each weight
-        optimizer.step()  # move each weight a little, against its gradient
+        loss = model(tokens, targets)  # the forward pass: torch records each operation
+        loss.backward()  # the backward pass: by the chain rule, how the loss changes with each weight
+        optimizer.step()  # move each weight a little, against this gradient
         optimizer.zero_grad()  # forget this gradient
         if step % 100 == 0 or step == 499:
-            print(f"step {step}: loss {loss.item():.2f}")  # from 5.86 to about 1.7
+            print(f"step {step}: loss {loss.item():.2f}")
 
-    prompt = torch.tensor([list(b"def ")])
-    text = model.generate(prompt, max_new_tokens=100, temperature=0.8)  # 100 times: draw a token, append it
+    prompt = torch.tensor([list(b"def ")])  # (1, 4): a batch of one sequence
+    text = model.generate(prompt, max_new_tokens=100)  # 100 times: draw a token, append it
     print(bytes(text[0].tolist()).decode(errors="replace"))
 
-Read from top to bottom. Each class and function can be copied into another project, together with the imports
-and with what it names.
+The loss begins at 5.8, above 5.5, because random logits are sometimes sure of a wrong token. It ends near
+1.8: the true next byte then has a probability of about exp(-1.8), 17 percent.
+
+Each class and function can be copied into another project, together with what it names.
 """
 
 import math
@@ -77,11 +82,12 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
 class Linear(nn.Module):
-    """A linear map without bias, y = x Wᵀ. Every matrix that multiplies is one of these.
+    """A linear map without bias, y = x Wᵀ, where W has a row of weights for each output.
 
     The weights start random: equal weights would get equal gradients and stay equal. Each output is a sum of
-    d_in independent terms, so a variance of 1 / d_in would give the outputs the scale of the inputs. In the
-    backward pass, 1 / d_out would do the same for the gradients. 2 / (d_in + d_out) is the compromise.
+    d_in independent terms, so its variance is d_in times that of one term: weights of variance 1 / d_in would
+    keep the scale of the inputs. In the backward pass the gradient of each input is a sum of d_out terms, so
+    1 / d_out would keep the scale of the gradients. 2 / (d_in + d_out) is the compromise.
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010, equation 12.
     """
@@ -92,14 +98,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(std * torch.randn(d_out, d_in))  # nn.Parameter: a tensor to be trained
 
     def forward(self, x: Tensor) -> Tensor:  # linear(x) calls linear.forward(x), as in all modules of torch
-        """(..., d_in) → (..., d_out)."""
+        """(..., d_in) → (..., d_out), where ... is any number of dimensions."""
         return x @ self.weight.T
 
 
 class Embedding(nn.Module):
     """A table with one learned vector of D numbers for each token of the vocabulary.
 
-    The vectors start with variance 1, so that what the first blocks add does not drown them.
+    They start with variance 1, so that what the blocks add at first is not large beside them.
     """
 
     def __init__(self, vocab_size: int, d_model: int):
@@ -113,7 +119,7 @@ class Embedding(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
 class RMSNorm(nn.Module):
-    """y = x / √(mean(x²) + ε) · g: scale each vector to root mean square 1, then each feature by its gain g.
+    """y = x / √(mean(x²) + ε) · g: scale each vector to root mean square 1, then each feature by a gain g.
 
     What the blocks add to the residual stream changes its scale, from block to block and in the course of
     training. Attention and feed-forward learn best if their input keeps its scale, so each has an RMSNorm
@@ -128,19 +134,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
-        x32 = x.float()  # in 16 bits the squares would overflow or lose digits
+        x32 = x.float()  # if x has 16 bits a number, to train faster, its squares could overflow
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # rsqrt(a) = 1 / √a
         return (x32 * scale * self.weight).type_as(x)
 
 
 # -------------------------------------------------------------------------------------------------- Attention
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K + mask) v: each token collects information from itself and the tokens before it.
+    """Each token collects information from itself and the tokens before it: softmax(q kᵀ / √K + mask) v.
 
     Three linear maps turn the vector of each token into three others, of K numbers each: a query q (what the
     token looks for), a key k (what it offers) and a value v (what it passes on). The dot product of a query
     and a key is their score: how well they match. For each query, softmax turns the scores into attention
-    weights, which are positive and sum to 1. The result is the mean of the values with these weights.
+    weights, which are positive and sum to 1. (They are computed anew for each text, not trained.) The result
+    is the mean of the values, weighted by these.
 
     A token must not see later ones: they are what it has to predict. So the causal mask adds -inf to their
     scores, and softmax makes their weights 0. For T = 3, with a row for each query and a column for each key:
@@ -149,29 +156,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         0     0  -inf
         0     0     0
 
-    If q and k hold K independent numbers of variance 1, their dot product has a standard deviation of √K;
-    divided by √K it has 1. Larger scores would give nearly all weight to a single token, where the gradient
-    of softmax vanishes.
+    Why √K? If q and k hold independent numbers of mean 0 and variance 1, each of the K products that a score
+    sums has variance 1, so the score has variance K. Divided by √K it has 1. Larger scores would give nearly
+    all weight to a single token. A small change of a score then changes nothing, so nothing is learned.
 
-    This is done in H "heads" side by side. For q, k and v of shape (B, H, T, K), the function computes
+    All this happens in H "heads" side by side (see MultiheadSelfAttention). q, k and v have the shape
+    (B, H, T, K), and the function computes
 
         mask = torch.full((T, T), -math.inf).triu(1)  # triu(1): keep what is above the diagonal, else 0
-        scores = q @ k.mT / math.sqrt(K) + mask  # (B, H, T, T)
+        scores = q @ k.mT / math.sqrt(K) + mask  # (B, H, T, T); k.mT is k with its last two axes swapped
         weights = scores.softmax(dim=-1)
         y = weights @ v  # (B, H, T, K)
 
-    and it lets torch do so in one fused kernel, which never holds all T · T scores in memory. For generation
-    it takes two more cases: fewer heads of keys and values than of queries (see MultiheadSelfAttention), and
-    the query of one new token, which sees the keys of all S tokens so far (see KVCache).
+    It leaves this to torch, which does it in one piece, without ever holding all T · T scores in memory.
 
-    q (B, H, T, K), k and v (B, G, S, K), where G divides H → (B, H, T, K). Raises ValueError unless T is S
-    or 1. Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
+    Two further cases save memory. There may be only G heads of keys and values, each for H / G heads of
+    queries; and in generation there is one query, T = 1, for the keys of all S tokens so far. So in general q
+    is (B, H, T, K), and k and v are (B, G, S, K). Returns (B, H, T, K). Raises ValueError unless T is S or 1.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
     H, T = q.shape[1:3]
     G, S = k.shape[1:3]
     if T != S and T != 1:
         raise ValueError(f"{T} queries for {S} keys: the causal mask is for as many queries as keys, or one")
-    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=G < H)
+    is_causal = T > 1  # a single query is that of the last token, which may see all
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=G < H)
 
 
 # ------------------------------------------------------------------------------------------------------- RoPE
@@ -179,7 +188,7 @@ class RoPE(nn.Module):
     """Rotary position embedding: rotate queries and keys by angles that grow with their position.
 
     Without it, a score does not depend on where the two tokens stand. To a layer of attention, the tokens
-    before a word are an unordered set: "dog bites" and "bites dog" look alike.
+    before a word are an unordered set: in "dog bites man" and "bites dog man", man would see the same.
 
     RoPE takes the K features of a query or a key in pairs, and sees each pair (x1, x2) as a point in a plane.
     For a token at position t it turns the point by an angle a that is proportional to t:
@@ -191,14 +200,14 @@ class RoPE(nn.Module):
     difference of their angles matters: the score now depends on how far apart the two tokens are. Values are
     not rotated.
 
-    Pair j, for j = 0 … K/2 - 1, turns by θ^(-2j/K) radians from one token to the next, with θ = 10,000 by
-    default. So the first pair turns by a whole radian, which tells neighbours apart, and the last ones turn
-    slowly, for long distances. Pair j is feature j of the first half and feature j of the second half: if K
-    is 4, features 0 and 2 turn by t radians, and features 1 and 3 by t / 100.
+    The pairs turn at different speeds. If K is 4, the first pair turns by a = t radians, which tells
+    neighbours apart, and the second by a = t / 100, for long distances. In general pair j = 0 … K/2 - 1 has
 
-    The paper pairs neighbours instead, features 2j and 2j + 1 ("interleaved"). Both are the same method with
-    the features in another order, but weights trained with one pairing do not work with the other. This one
-    is that of Hugging Face's Llama.
+        a = t · base^(-2j/K), where the base, called θ in the paper, is 10,000 by default.
+
+    Pair j is feature j of the first half of the features and feature j of the second half, as in Hugging
+    Face's Llama. The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same method
+    with the features in another order, but weights trained with one do not work with the other.
     Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
 
@@ -224,7 +233,7 @@ class RoPE(nn.Module):
         end = start + x.shape[-2]
         if end > self.context_length:
             raise ValueError(f"{end} tokens are more than the context_length of {self.context_length}")
-        cos = self.cos[start:end].type_as(x)  # (T, K/2)
+        cos = self.cos[start:end].type_as(x)  # (T, K/2): the same for all sequences and heads
         sin = self.sin[start:end].type_as(x)
         x1, x2 = x.chunk(2, dim=-1)  # the first half of the features and the second
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -232,11 +241,11 @@ class RoPE(nn.Module):
 
 # ------------------------------------------------------------------------------------- MultiheadSelfAttention
 class MultiheadSelfAttention(nn.Module):
-    """H attentions side by side, each with queries, keys and values of its own, of width K = D / H.
+    """H attentions side by side, called heads, each with queries, keys and values of its own.
 
-    One softmax gives one set of attention weights to each token, so one attention looks for one thing at a
-    time. H heads look for H things, at the cost of one attention of width D, since each is D / H wide. A last
-    linear map mixes their results. Self-attention: queries, keys and values come from the same sequence.
+    One attention gives one set of weights to each token, so it looks for one thing at a time. H heads look
+    for H things. Each has only K = D / H features, so together they cost as much as one with D. A last linear
+    map mixes their results. Self-attention: queries, keys and values come from the same sequence.
 
     With G < H heads of keys and values, each of them serves H / G heads of queries. That saves weights, and
     memory in generation, and is called grouped-query attention.
@@ -261,7 +270,7 @@ class MultiheadSelfAttention(nn.Module):
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.length  # the position of the first token; 0 in training
         q = self.rope(q, start)
         k = self.rope(k, start)
         if cache is not None:
@@ -273,13 +282,13 @@ class MultiheadSelfAttention(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
 class SwiGLU(nn.Module):
-    """The feed-forward of each vector x: W_down (silu(W_gate x) ⊙ W_up x).
+    """The feed-forward: y = (silu(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ, for each vector x on its own.
 
     Attention moves information from token to token, but only averages it. The feed-forward does not look at
     other tokens. It computes, on what each token has collected, something that no linear map can:
-    silu(z) = z / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z is far above. So W_gate x
-    switches each of the d_ff inner features W_up x off, or scales it; ⊙ multiplies feature by feature.
-    d_ff is usually 2.7 to 4 times D.
+    silu(z) = z / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z is far above. So the gate,
+    silu(x W_gateᵀ), switches each of the d_ff inner features x W_upᵀ off, or scales it; ⊙ multiplies feature
+    by feature. A plain feed-forward has two matrices and d_ff = 4 D. With three, d_ff = 8/3 D costs the same.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
@@ -297,23 +306,23 @@ class SwiGLU(nn.Module):
 
 # ------------------------------------------------------------------------------------------- TransformerBlock
 class TransformerBlock(nn.Module):
-    """x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
+    """One layer of the model: x ← x + attention(norm(x)), then x ← x + feed-forward(norm(x)).
 
     The two terms that are added are called branches. The norm stands before each branch ("pre-norm"), never
-    on the residual stream itself. So the gradient reaches the first layer through a chain of additions,
-    undamped, and deep models train stably.
+    on the residual stream between two blocks. The derivative of x + f(norm(x)) is 1 plus that of the branch,
+    and the 1 carries the gradient undamped to the first layer. So deep models train stably.
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745.
 
     In training, dropout sets each number that a branch adds to zero with probability p, and divides the rest
     by 1 - p, so that the mean stays. The model then cannot rely on any single feature, which helps if it
     would otherwise memorize a small text.
 
-    The parts are named as in Hugging Face's Llama: mlp is the feed-forward, and post_attention_layernorm
-    comes after the attention, and before the feed-forward.
+    The parts have the names of Hugging Face's Llama: mlp is the feed-forward, and post_attention_layernorm
+    the RMSNorm before it.
     """
 
     def __init__(self, d_model, num_heads, num_kv_heads, d_ff, rope, norm_eps=1e-5, dropout=0.0):
-        """Integers, the RoPE of the model, and two floats; dropout is the probability p."""
+        """rope is a RoPE, norm_eps and dropout, the probability p, are floats; all others are integers."""
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, norm_eps)
         self.self_attn = MultiheadSelfAttention(d_model, num_heads, num_kv_heads, rope)
@@ -330,11 +339,11 @@ class TransformerBlock(nn.Module):
 
 # ------------------------------------------------------------------------------------- KVCache, sample_token
 class KVCache:
-    """Keeps the keys and values of one layer while text is generated, one token at a time.
+    """Keeps the keys and values of one layer while text is generated.
 
-    A token sees only itself and earlier tokens, so its keys and values do not change when text is added after
-    it: compute them once and keep them. Its query is needed once, for its own prediction. So each new token
-    costs one pass over that token alone, not over the whole text.
+    To generate text, predict the next token, append it, and predict again. A token sees only itself and
+    earlier ones, so its keys and values do not change when text is added after it: compute them once and keep
+    them. Its query is needed once, for its own prediction. So the model reads only the new token each time.
     """
 
     def __init__(self):
@@ -382,10 +391,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs
         removed = before >= top_p
-        removed[:, 0] = False  # rounding must not remove the likeliest
+        removed[:, 0] = False  # the likeliest always stays
         probs = probs.masked_fill(removed, 0.0)
-    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1); the rows need not sum to 1
-    return tokens.gather(-1, choice).squeeze(-1)
+    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1); rescales rows to sum to 1
+    return tokens.gather(-1, choice).squeeze(-1)  # from the place in the sorted row to the token
 
 
 # --------------------------------------------------------------------------------- ModelConfig, TransformerLM
@@ -427,7 +436,8 @@ class ModelConfig:
 class TransformerLM(nn.Module):
     """The whole model: embedding, num_layers blocks, a norm, and a linear map to logits.
 
-    The keys of its state dict are those of Hugging Face's Llama without the prefix `model.`.
+    Its state dict, the dictionary of all weights by name, has the keys of Hugging Face's Llama without the
+    prefix `model.`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -451,8 +461,8 @@ class TransformerLM(nn.Module):
             layer.self_attn.o_proj.weight.data /= math.sqrt(2 * c.num_layers)
             layer.mlp.down_proj.weight.data /= math.sqrt(2 * c.num_layers)
         if c.tie_embeddings:
-            # The one matrix must suit the logits. These are sums of d_model terms: this gives them a variance
-            # of 1. As embeddings its vectors are smaller than they would be alone: the price of sharing.
+            # One matrix for both: a token that fits here has a vector like the one that it is read as. Logits
+            # are sums of d_model terms, so this gives them variance 1. As embeddings the vectors are small.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(c.d_model))
             self.embed_tokens.weight = self.lm_head.weight
 
@@ -460,8 +470,8 @@ class TransformerLM(nn.Module):
         """tokens (B, T), int64, T ≤ context_length → logits (B, T, V) of the token after each.
 
         With targets (B, T), int64, the true next tokens → the mean cross-entropy in nats, (), float32. A
-        target of -100, the default of F.cross_entropy, is left out of the mean. With caches, a list of one
-        KVCache for each layer, tokens are those that follow what the caches hold.
+        target of -100, as F.cross_entropy has it, is left out of the mean. With caches, a list of one KVCache
+        for each layer, tokens are those that follow what the caches hold.
         """
         if caches is None:
             caches = [None] * len(self.layers)
@@ -471,7 +481,7 @@ class TransformerLM(nn.Module):
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # of B · T predictions
 
     def generate(
         self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None
@@ -481,8 +491,9 @@ class TransformerLM(nn.Module):
         It draws one token after another. In its plainest form, which reads all tokens anew each time and ends
         at context_length, that is
 
+            tokens = prompt
             for _ in range(max_new_tokens):
-                token = sample_token(model(tokens)[:, -1])
+                token = sample_token(model(tokens)[:, -1])  # [:, -1]: the prediction at the last position
                 tokens = torch.cat((tokens, token[:, None]), dim=1)
         """
         tokens = [prompt]
@@ -504,8 +515,8 @@ class TransformerLM(nn.Module):
         caches = [KVCache() for _ in self.layers]  # what it has read of them
         finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)  # which rows have ended
         for _ in range(max_new_tokens):
-            # A full cache cannot drop its first token: what it holds of the others was computed with it.
-            # So keep the last half of the window, and read that again, from position 0.
+            # A full cache cannot drop its first token: the keys and values of the others were computed from
+            # vectors that had collected from it. So read the last half of the window again, from position 0.
             if window.shape[1] > context_length:
                 window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache() for _ in self.layers]
@@ -541,28 +552,29 @@ def scale_frequencies(
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
 class AdamW(torch.optim.Optimizer):
-    """Gradient descent, θ ← θ - η · g, made to work well: Adam with decoupled weight decay.
+    """Adam with decoupled weight decay: gradient descent with steps of the same size for all weights.
 
-    For a parameter θ with gradient g, in its step t = 1, 2, …, at the learning rate η:
+    Plain gradient descent is w ← w - η · g, for a weight w with gradient g at the learning rate η. AdamW does
+    this in its step t = 1, 2, …:
 
-        θ ← θ - η · λ · θ              weight decay, with λ = weight_decay
+        w ← w - η · λ · w              weight decay, with λ = weight_decay
         m ← β₁ · m + (1 - β₁) · g      first moment: the running mean of the gradient
         v ← β₂ · v + (1 - β₂) · g²     second moment: the running mean of its square
         m̂ = m / (1 - β₁ᵗ)
         v̂ = v / (1 - β₂ᵗ)
-        θ ← θ - η · m̂ / (√v̂ + ε)
+        w ← w - η · m̂ / (√v̂ + ε)
 
     m and v start at 0, so at first they are too small: after one step m is (1 - β₁) · g. Divided by 1 - β₁ᵗ
-    it is g. The mean m̂ smooths out the noise of single batches. Some parameters have gradients a thousand
-    times larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight
+    it is g. The mean m̂ smooths out the noise of single batches. Some weights have gradients a thousand times
+    larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight
     decay pulls each weight towards 0 unless the data keeps pushing it away; this curbs overfitting.
     It is decoupled: not a part of g, so √v̂ does not rescale it.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
     The gains of RMSNorm belong near 1, not 0, so they get a group of parameters without decay:
 
-        decay = [p for p in model.parameters() if p.ndim > 1]
-        no_decay = [p for p in model.parameters() if p.ndim == 1]
+        decay = [p for p in model.parameters() if p.ndim > 1]  # matrices and the embedding
+        no_decay = [p for p in model.parameters() if p.ndim == 1]  # gains
         optimizer = AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=3e-3)
 
     The state has the layout of torch.optim.AdamW, and each loads the other's state_dict. The defaults are
@@ -629,9 +641,11 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
 
     An example is a window of T + 1 tokens in a row, where T = context_length. Its first T are the tokens that
     the model reads, and its last T, the same shifted by one, are the targets: at each place the next token.
+    One pass over the windows of the whole text, in random order, is called an epoch.
 
-    The file is mapped into memory: the operating system reads only the parts that are used, so the file may
-    be larger than memory.
+    The file is mapped into memory ("memmap"): the operating system reads only the parts that are used, so it
+    may be larger than memory. dataset[i], for torch's DataLoader, is the i-th of the windows that begin at
+    tokens 0, T, 2T, …; training uses `batch`.
     """
 
     def __init__(self, path: str | os.PathLike, context_length: int, dtype: np.dtype | str):
@@ -641,7 +655,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         """
         self.context_length = context_length
         self.tokens = np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
-        self.epoch_key = None  # which epoch `epoch_starts` has drawn
+        self.epoch_key = None  # the epoch whose order `epoch_starts` has drawn and keeps
         self.starts = None
         if len(self) < 1:
             raise ValueError(f"{path}: {len(self.tokens)} tokens are fewer than context_length + 1")
@@ -665,9 +679,8 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Batch number `step`, counted from 0 → (tokens, targets), each (batch_size, T), int64.
 
-        An epoch is one pass over the text, in windows in random order. A batch depends on the arguments and
-        the file alone, so an interrupted run can continue with the same data. Raises ValueError as
-        `steps_per_epoch` does.
+        It depends on the arguments and the file alone, so an interrupted run can continue with the same data.
+        Raises ValueError as `steps_per_epoch` does.
         """
         epoch, i = divmod(step, self.steps_per_epoch(batch_size))
         starts = self.epoch_starts(epoch, seed)
@@ -675,7 +688,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """How many full batches an epoch has. Raises ValueError if it has none."""
-        num_windows = len(self) - 1
+        num_windows = len(self) - 1  # the random offset of an epoch costs one window
         if num_windows < batch_size:
             raise ValueError(f"an epoch has {num_windows} windows, fewer than the batch_size of {batch_size}")
         return num_windows // batch_size
@@ -683,7 +696,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
     def epoch_starts(self, epoch: int, seed: int) -> np.ndarray:
         """Where the windows of an epoch begin, in shuffled order, (len - 1,), int64.
 
-        The first one begins at a random token below T, so that each epoch cuts the text in other places.
+        Each epoch begins a random number of tokens later, so that it cuts the text in other places.
         """
         if self.epoch_key != (epoch, seed):
             rng = np.random.default_rng((seed, epoch))
@@ -703,7 +716,7 @@ class CheckpointHandler:
         model           its state dict
         model_config    the fields of its ModelConfig, a dict
         tokenizer       "bytes", the text of a tokenizer.json, or None if it has none
-        eos_id          the token that ends a document
+        eos_id          the token that ends a document ("end of sequence")
     One of a training run holds also
         config          the options of the run, a dict
         step            how many updates it has made
