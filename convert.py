@@ -22,10 +22,8 @@ import prepare
 class ConvertConfig:
     """The options of `python convert.py`; the comments are its --help."""
 
-    paths: list[str] = field(
-        default_factory=list
-    )  # from and to: a folder and a new checkpoint, or the reverse
-    like: str | None = None  # the folder whose tokenizer files and chat template the new folder gets
+    paths: list[str] = field(default_factory=list)  # from and to: a folder and a checkpoint, or the reverse
+    like: str | None = None  # a folder whose tokenizer files and chat template the new folder gets
     dtype: str | None = None  # of the weights in the new folder, as bfloat16; None: as in the checkpoint
 
 
