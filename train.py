@@ -381,8 +381,9 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # the terminal may not know all characters of a sample
     with prepare.one_line_errors():
         if "RANK" in os.environ:  # torchrun has started this process, as one of several
-            dist.init_process_group()
-            if torch.cuda.is_available():
+            has_cuda = torch.cuda.is_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
+            if has_cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         manager = make_manager(options)
         config = manager.config
