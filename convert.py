@@ -1,7 +1,7 @@
 """Convert a Llama between Hugging Face's folder and a checkpoint file. Needs the package safetensors.
 
-python convert.py smollm2 llama.pt             # a folder → a checkpoint, for sample.py and train.py
-python convert.py out/best.pt llama-mine       # a checkpoint → a folder, for transformers
+python convert.py smollm2 llama.pt             # a folder to a checkpoint, for sample.py and train.py
+python convert.py out/best.pt llama-mine       # a checkpoint to a folder, for transformers
 python convert.py out/best.pt tuned --like=smollm2    # with the tokenizer files and chat template of smollm2
 """
 
@@ -61,12 +61,9 @@ def from_hf(folder: str | os.PathLike) -> dict:
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    return {
-        "model": read_weights(folder, config),
-        "model_config": asdict(config),
-        "tokenizer": tokenizer,
-        "eos_id": find_eos_id(folder, fields, tokenizer),
-    }
+    eos_id = find_eos_id(folder, fields, tokenizer)
+    weights = read_weights(folder, config)
+    return {"model": weights, "model_config": asdict(config), "tokenizer": tokenizer, "eos_id": eos_id}
 
 
 def model_config(fields: dict) -> lm.ModelConfig:
@@ -190,7 +187,7 @@ def write_tokenizer(tokenizer: str | None, eos_id: int, folder: Path, like: str 
         names = {token["id"]: token["content"] for token in json.loads(tokenizer)["added_tokens"]}
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": names[eos_id],
+            "eos_token": names.get(eos_id),
             "model_input_names": ["input_ids", "attention_mask"],  # without token types, which Llama lacks
             "clean_up_tokenization_spaces": False,
         }

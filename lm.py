@@ -62,8 +62,8 @@ This trains a small model on the text of this very file, in about ten seconds:
     text = model.generate(prompt, max_new_tokens=100)  # 100 times: draw a token, append it
     print(bytes(text[0].tolist()).decode(errors="replace"))
 
-The loss begins at 5.8, above 5.5, because random logits are sometimes sure of a wrong token. It ends near
-1.8: the true next byte then has a probability of about exp(-1.8), 17 percent.
+The loss begins at 5.8, above 5.5, because random logits are sometimes sure of a wrong token. It falls below
+2: the true next byte then has a probability of about exp(-2), 14 percent.
 
 Each class and function can be copied into another project, together with what it names.
 """
@@ -134,7 +134,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D) of the same dtype."""
-        x32 = x.float()  # if x has 16 bits a number, to train faster, its squares could overflow
+        x32 = x.float()  # in 16 bits the squares would overflow, or their mean lose digits
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # rsqrt(a) = 1 / √a
         return (x32 * scale * self.weight).type_as(x)
 
@@ -168,7 +168,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = scores.softmax(dim=-1)
         y = weights @ v  # (B, H, T, K)
 
-    It leaves this to torch, which does it in one piece, without ever holding all T · T scores in memory.
+    It leaves this to torch, which does it in one piece and need not hold all T · T scores in memory.
 
     Two further cases save memory. There may be only G heads of keys and values, each for H / G heads of
     queries; and in generation there is one query, T = 1, for the keys of all S tokens so far. So in general q
@@ -203,7 +203,7 @@ class RoPE(nn.Module):
     The pairs turn at different speeds. If K is 4, the first pair turns by a = t radians, which tells
     neighbours apart, and the second by a = t / 100, for long distances. In general pair j = 0 … K/2 - 1 has
 
-        a = t · base^(-2j/K), where the base, called θ in the paper, is 10,000 by default.
+        a = t · base^(-2j/K), where the base (theta, for Hugging Face rope_theta) is 10,000 by default.
 
     Pair j is feature j of the first half of the features and feature j of the second half, as in Hugging
     Face's Llama. The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same method
@@ -390,9 +390,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     probs = torch.softmax(logits / temperature, dim=-1)
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs
-        removed = before >= top_p
-        removed[:, 0] = False  # the likeliest always stays
-        probs = probs.masked_fill(removed, 0.0)
+        probs = probs.masked_fill(before >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1); rescales rows to sum to 1
     return tokens.gather(-1, choice).squeeze(-1)  # from the place in the sorted row to the token
 
@@ -400,7 +398,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # --------------------------------------------------------------------------------- ModelConfig, TransformerLM
 @dataclass
 class ModelConfig:
-    """The shape of a TransformerLM. Raises ValueError for a shape that cannot be."""
+    """The shape of a TransformerLM. Raises ValueError for an impossible shape."""
 
     vocab_size: int
     context_length: int  # the most tokens that the model can look at together
@@ -457,9 +455,10 @@ class TransformerLM(nn.Module):
 
         # 2 · num_layers branches add to the residual stream. A sum of n independent terms grows like √n, so
         # divide by that: at the start all of them together add as much as one, however deep the model.
-        for layer in self.layers:
-            layer.self_attn.o_proj.weight.data /= math.sqrt(2 * c.num_layers)
-            layer.mlp.down_proj.weight.data /= math.sqrt(2 * c.num_layers)
+        with torch.no_grad():  # not an operation to be differentiated
+            for layer in self.layers:
+                layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
+                layer.mlp.down_proj.weight /= math.sqrt(2 * c.num_layers)
         if c.tie_embeddings:
             # One matrix for both: a token that fits here has a vector like the one that it is read as. Logits
             # are sums of d_model terms, so this gives them variance 1. As embeddings the vectors are small.
@@ -470,14 +469,18 @@ class TransformerLM(nn.Module):
         """tokens (B, T), int64, T ≤ context_length → logits (B, T, V) of the token after each.
 
         With targets (B, T), int64, the true next tokens → the mean cross-entropy in nats, (), float32. A
-        target of -100, as F.cross_entropy has it, is left out of the mean. With caches, a list of one KVCache
-        for each layer, tokens are those that follow what the caches hold.
+        target of -100, as F.cross_entropy has it, is left out of the mean.
+
+        With caches, a list of one KVCache for each layer, tokens are those that follow what the caches hold →
+        logits (B, 1, V) of the token after the last.
         """
         if caches is None:
             caches = [None] * len(self.layers)
         x = self.embed_tokens(tokens)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, cache)
+        if caches[0] is not None:
+            x = x[:, -1:]  # in generation, only the last prediction is needed
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits
@@ -521,7 +524,7 @@ class TransformerLM(nn.Module):
                 window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache() for _ in self.layers]
             unread = window[:, caches[0].length :]  # first the whole window, then one token at a time
-            logits = self(unread, caches=caches)[:, -1]
+            logits = self(unread, caches=caches)[:, -1]  # (B, V)
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
@@ -552,7 +555,7 @@ def scale_frequencies(
 
 # ---------------------------------------------------------------------------------- AdamW, lr_cosine_schedule
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay: gradient descent with steps of the same size for all weights.
+    """Adam with decoupled weight decay: gradient descent that gives all weights steps of similar size.
 
     Plain gradient descent is w ← w - η · g, for a weight w with gradient g at the learning rate η. AdamW does
     this in its step t = 1, 2, …:
@@ -582,7 +585,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        """params: parameters, or groups of them as above. All others are floats."""
+        """params: parameters, or groups of them as above. betas: two floats. All others: floats."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -674,7 +677,7 @@ class MemmapTokenDataset(torch.utils.data.Dataset):
         """The windows that begin at these B tokens → (tokens, targets), each (B, T), int64."""
         windows = [self.tokens[start : start + self.context_length + 1] for start in starts]
         windows = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, T + 1)
-        return windows[:, :-1].clone(), windows[:, 1:].clone()
+        return windows[:, :-1].clone(), windows[:, 1:].clone()  # copies: to change one leaves the other
 
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Batch number `step`, counted from 0 → (tokens, targets), each (batch_size, T), int64.
@@ -739,7 +742,7 @@ class CheckpointHandler:
     def load(path: str | os.PathLike) -> dict:
         """Read a checkpoint, its tensors on the CPU.
 
-        Raises OSError if it cannot be read, ValueError if it is damaged or none.
+        Raises OSError if the file cannot be read, ValueError if it is not whole or its content is damaged.
         """
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):  # the format of torch.save is a zip file

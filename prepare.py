@@ -43,53 +43,54 @@ class PrepareConfig:
 def standard_library() -> list[Path]:
     """The source files of Python's standard library, without tests and tables."""
     root = Path(os.__file__).parent
-    left_out = {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-    paths = []
-    for path in sorted(root.rglob("*.py")):
-        if not left_out.intersection(path.relative_to(root).parts):
-            paths.append(path)
-    return paths
+    excluded = {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+    paths = sorted(root.rglob("*.py"))
+    return [path for path in paths if not excluded.intersection(path.relative_to(root).parts)]
 
 
-def read_blocks(path: str | Path) -> Iterator[tuple[bytes, int, bool]]:
-    """Yield a file in blocks: the text, how many bytes of the file it took, whether it begins a document.
+def read_blocks(paths: list) -> Iterator[tuple[bytes, bool]]:
+    """Yield all text in blocks, and whether a document begins with the block.
 
     A block is a document of a .jsonl file, or about a megabyte of whole lines of any other file.
     """
-    with open(path, "rb") as file:
-        if str(path).endswith(".jsonl"):
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = json.loads(line)["text"].encode()
-                except (ValueError, LookupError, TypeError, AttributeError):
-                    raise ValueError(f'{path}, line {number}: not like {{"text": "..."}}') from None
-                yield text, len(line), True
-        else:
-            text = b"".join(file.readlines(2**20))
+    for path in paths:
+        with open(path, "rb") as file:
+            if str(path).endswith(".jsonl"):
+                for number, line in enumerate(file, start=1):
+                    yield parse_line(line, f"{path}, line {number}"), True
+                continue
+            lines = file.readlines(2**20)
             begins_document = True
-            while text:
-                yield text, len(text), begins_document
-                text = b"".join(file.readlines(2**20))
+            while lines:
+                yield b"".join(lines), begins_document
+                lines = file.readlines(2**20)
                 begins_document = False
 
 
+def parse_line(line: bytes, where: str) -> bytes:
+    """The text in a line of a .jsonl file."""
+    try:
+        return json.loads(line)["text"].encode()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f'{where}: not like {{"text": "..."}}') from None
+
+
 def split_blocks(paths: list, val_fraction: float) -> Iterator[tuple[str, bytes, bool]]:
-    """Yield the blocks of all files in order: "train" or "val", the text, whether it begins a document.
+    """Yield the blocks as `read_blocks` does, each with its split: "train", or at the end "val".
 
     The block in which the held-out part begins is cut in two.
     """
-    total = sum(os.path.getsize(path) for path in paths)
-    train_left = total - int(total * val_fraction)  # bytes of the files that are still to train on
-    for path in paths:
-        for text, size, begins_document in read_blocks(path):
-            cut = min(max(train_left, 0), len(text))
-            while cut < len(text) and 0x80 <= text[cut] < 0xC0:  # inside a character of UTF-8
-                cut += 1
-            if cut > 0:
-                yield "train", text[:cut], begins_document
-            if cut < len(text):
-                yield "val", text[cut:], begins_document
-            train_left -= size
+    total = sum(len(text) for text, _ in read_blocks(paths))
+    train_left = total - int(total * val_fraction)  # bytes that are still to train on
+    for text, begins_document in read_blocks(paths):
+        cut = min(train_left, len(text))
+        while cut < len(text) and 0x80 <= text[cut] < 0xC0:  # not inside a character of UTF-8
+            cut += 1
+        if cut > 0:
+            yield "train", text[:cut], begins_document
+        if cut < len(text):
+            yield "val", text[cut:], begins_document
+        train_left -= cut
 
 
 # ------------------------------------------------------------------------------------------------- Tokenizers
@@ -143,7 +144,7 @@ class BPETokenizer:
         return self.tokenizer.decode(tokens)
 
 
-def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Learn the vocab_size most useful tokens of the texts. Token 0, <|endoftext|>, ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -205,7 +206,7 @@ def make_tokenizer(config: PrepareConfig, paths: list) -> ByteTokenizer | BPETok
     if config.tokenizer == "bpe":
         blocks = split_blocks(paths, config.val_fraction)
         train_texts = (text.decode() for split, text, _ in blocks if split == "train")
-        return learn_tokenizer(train_texts, config.vocab_size)
+        return train_tokenizer(train_texts, config.vocab_size)
     checkpoint = lm.CheckpointHandler.load(config.tokenizer)
     return load_tokenizer(checkpoint["tokenizer"], checkpoint["eos_id"])
 
@@ -242,7 +243,7 @@ def load_meta(data_dir: str) -> dict:
 def parse_options(config_class: type, doc: str) -> dict:
     """The options that the command line names, with the types and comments of a dataclass's fields."""
     source = inspect.getsource(config_class)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
         description=doc,
         usage="python %(prog)s [--option=value ...]",
@@ -250,7 +251,7 @@ def parse_options(config_class: type, doc: str) -> dict:
         argument_default=argparse.SUPPRESS,
     )
     for field in dataclasses.fields(config_class):
-        comment = comments[field.name]
+        comment = comments.get(field.name, "").replace("%", "%%")
         if field.type == list[str]:
             parser.add_argument(field.name, nargs="*", help=comment)
             continue
@@ -277,7 +278,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except IsADirectoryError as error:
         folder = error.filename
-        sys.exit(f"error: {folder} is a folder; if it holds a Llama:  python convert.py {folder} llama.pt")
+        sys.exit(f"error: {folder} is a folder; to convert a Llama:  python convert.py {folder} llama.pt")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -287,15 +288,12 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if device == "auto":
         has_gpu = torch.accelerator.is_available()
         device = torch.accelerator.current_accelerator().type if has_gpu else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={device}: {error}") from None
     if dtype == "auto":
         is_cuda = device.startswith("cuda")
         has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float32"
-    torch.backends.cuda.matmul.allow_tf32 = True  # on a GPU, float32 products with TF32: faster, fewer digits
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype={dtype}: only float32, bfloat16 and float16 are supported")
     return torch.device(device), getattr(torch, dtype)
 
 

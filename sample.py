@@ -44,12 +44,12 @@ def read_prompts(prompt: str | None) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
-def decode_stream(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of the tokens as they come, holding back characters that are not complete yet.
+def decode_stream(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of the tokens after the prompt as they come, holding back incomplete characters.
 
     Some tokenizers drop the space at the start of a text. So decode together with the tokens before.
     """
-    before = []
+    before = prompt
     new = []
     for token in tokens:
         new.append(token)
@@ -72,14 +72,15 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(c.seed)
     for prompt in read_prompts(c.prompt):
         prompt = prompt or "\n"  # there must be a token to continue
-        tokens = torch.tensor([tokenizer.encode(prompt)], device=device)
+        prompt_tokens = tokenizer.encode(prompt)
+        batch = torch.tensor([prompt_tokens], device=device)
         for _ in range(c.num_samples):
             print(prompt, end="", flush=True)
             stream = model.stream(
-                tokens, c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, generator
+                batch, c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, generator
             )
             new_tokens = (token.item() for token in stream if token.item() != tokenizer.eos_id)
-            for text in decode_stream(tokenizer, new_tokens):
+            for text in decode_stream(tokenizer, prompt_tokens, new_tokens):
                 print(text, end="", flush=True)
             print("\n")
 

@@ -4,7 +4,7 @@ python train.py                                # a small model on Python's stand
 python train.py --data_dir=data-notes --out_dir=out-notes --max_steps=5000
 python train.py --out_dir=out-notes --resume=True               # continue from out-notes/last.pt
 python train.py --init_from=llama.pt --data_dir=data-notes --out_dir=out-tuned --max_lr=1e-4    # fine-tune
-torchrun --standalone --nproc_per_node=8 train.py --batch_size=64    # the same training on eight GPUs
+torchrun --standalone --nproc_per_node=8 train.py --batch_size=64           # on eight GPUs
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class TrainConfig:
     compile: bool = False  # compile the model with torch.compile
 
 
-# A checkpoint fixes these options. (Its context_length is the longest that its model can take.)
+# The options that a checkpoint decides. (Its context_length is the longest that its model can take.)
 SHAPE = ["d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"]
 SHAPE += ["rope_theta", "norm_eps", "tie_embeddings"]
 
@@ -78,7 +78,6 @@ class Logger:
 
     def __init__(self, config: TrainConfig, is_main_process: bool):
         self.is_main_process = is_main_process  # all other processes report nothing
-        self.max_steps = config.max_steps
         self.wandb = None
         if is_main_process:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
@@ -88,13 +87,17 @@ class Logger:
 
                 self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config))
 
-    def log(self, step: int, values: dict, text: str) -> None:
-        """Keep the values that were measured after so many steps, and print the text."""
+    def log(self, step: int, values: dict) -> None:
+        """Keep and print what was measured after so many steps."""
         if self.is_main_process:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             if self.wandb is not None:
                 self.wandb.log(values, step=step)
-            print(f"step {step}/{self.max_steps}  {text}", flush=True)
+            self.say("  ".join([f"step {step}"] + [f"{name} {value:.5g}" for name, value in values.items()]))
+
+    def say(self, text: str) -> None:
+        if self.is_main_process:
+            print(text, flush=True)
 
 
 class TrainManager:
@@ -109,8 +112,8 @@ class TrainManager:
         self.best_val_loss = math.inf
         self.evaluation_seconds = 0.0  # how long the last evaluation took
         self.stop_requested = False
-        self.rank = dist.get_rank() if dist.is_initialized() else 0  # the number of this process
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1  # how many train together
+        self.rank = int(os.environ.get("RANK", 0))  # the number of this process, from torchrun
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))  # how many train together
         if c.batch_size % self.world_size != 0:
             raise ValueError(f"batch_size is {c.batch_size}, not a multiple of {self.world_size} processes")
         self.micro_batch_size = c.micro_batch_size or c.batch_size // self.world_size
@@ -127,7 +130,8 @@ class TrainManager:
         self.ddp_model = self.model
         if self.world_size > 1:  # DDP averages the gradients of the processes in the backward pass
             self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
-            self.ddp_model.broadcast_buffers = False  # RoPE's tables are the same everywhere
+            # RoPE's tables do not change. (As an argument this has other names in other versions of torch.)
+            self.ddp_model.broadcast_buffers = False
 
         decay = [param for param in self.model.parameters() if param.ndim > 1]
         no_decay = [param for param in self.model.parameters() if param.ndim == 1]  # RMSNorm's gains
@@ -174,9 +178,17 @@ class TrainManager:
 
             if self.step % c.log_interval == 0 or self.step == c.max_steps:
                 self.check_finite(loss, grad_norm)
-                train_loss = torch.stack(losses).mean().item()
+                mean_loss = torch.stack(losses).mean().item()
                 seconds_per_step = (time.perf_counter() - start_time) / len(losses)
-                self.report_progress(logger, train_loss, grad_norm.item(), seconds_per_step)
+                with_evaluations = seconds_per_step + self.evaluation_seconds / c.eval_interval
+                values = {
+                    "train_loss": self.sum_over_processes(mean_loss) / self.world_size,
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "grad_norm": grad_norm.item(),
+                    "tokens_per_second": c.batch_size * c.context_length / seconds_per_step,
+                    "minutes_left": with_evaluations * (c.max_steps - self.step) / 60,
+                }
+                logger.log(self.step, values)
                 losses = []
                 start_time = time.perf_counter()
         self.evaluate_and_save(logger)
@@ -227,20 +239,6 @@ class TrainManager:
         dist.all_reduce(total)
         return total.item()
 
-    def report_progress(self, logger: Logger, train_loss, grad_norm, seconds_per_step) -> None:
-        c = self.config
-        values = {
-            "train_loss": self.sum_over_processes(train_loss) / self.world_size,
-            "lr": self.optimizer.param_groups[0]["lr"],  # of the step just made
-            "grad_norm": grad_norm,
-            "tokens_per_second": c.batch_size * c.context_length / seconds_per_step,
-        }
-        steps_left = c.max_steps - self.step
-        left = int(steps_left * (seconds_per_step + self.evaluation_seconds / c.eval_interval))
-        text = f"train_loss {values['train_loss']:.4f}  lr {values['lr']:.2e}  grad_norm {grad_norm:.2f}"
-        text += f"  {values['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
-        logger.log(self.step, values, text)
-
     def evaluate_and_save(self, logger: Logger) -> None:
         """Evaluate, save the run, then report."""
         start_time = time.perf_counter()
@@ -253,8 +251,8 @@ class TrainManager:
         self.save("last.pt")
         # Bits per byte can be compared between tokenizers; nats per token cannot.
         val_bpb = val_loss / math.log(2) * len(self.val_data.tokens) / self.meta["val_bytes"]
-        text = f"val_loss {val_loss:.4f} nats  {val_bpb:.4f} bits/byte  {self.sample(60)!r}"
-        logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb}, text)
+        logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb})
+        logger.say(f"    {self.sample(80)!r}")
         self.evaluation_seconds = time.perf_counter() - start_time
 
     @torch.no_grad()
@@ -329,16 +327,17 @@ def make_manager(options: dict) -> TrainManager:
         raise ValueError(f"{out_dir} holds a run; continue it with --resume=True, or name another --out_dir")
 
     resuming = resume and last.exists()
-    base = None
-    saved = {}  # the options that the checkpoint sets
+    base = None  # the checkpoint to train on
+    saved = {}  # the options that it decides
     if resuming:
         base = lm.CheckpointHandler.load(last)
-        saved = base["config"]
+        saved = base["config"] | {"out_dir": str(out_dir)}  # the folder may have been moved
     elif "init_from" in options:
         base = lm.CheckpointHandler.load(options["init_from"])
         saved = {name: base["model_config"][name] for name in SHAPE}
     config = TrainConfig(**(saved | options))
-    if not resuming:
+
+    if not resuming and config.data_dir == TrainConfig.data_dir:
         prepare_default_data(config)
     meta = prepare.load_meta(config.data_dir)
     if base is not None:
@@ -350,15 +349,13 @@ def make_manager(options: dict) -> TrainManager:
 
 
 def prepare_default_data(config: TrainConfig) -> None:
-    """Prepare Python's standard library, unless other data is named or it has been prepared."""
-    is_main_process = not dist.is_initialized() or dist.get_rank() == 0
-    if config.data_dir == TrainConfig.data_dir and is_main_process:
-        if not Path(config.data_dir, "train.bin").exists():
-            print(f"no data in {config.data_dir} yet: preparing the source of Python's standard library")
-            tokenizer = config.init_from or "bytes"
-            prepare.prepare(prepare.PrepareConfig(out_dir=config.data_dir, tokenizer=tokenizer))
+    """Prepare the source of Python's standard library in the first process, unless it is there."""
+    if int(os.environ.get("RANK", 0)) == 0 and not Path(config.data_dir, "train.bin").exists():
+        print(f"no data in {config.data_dir} yet: preparing the source of Python's standard library")
+        tokenizer = config.init_from or "bytes"
+        prepare.prepare(prepare.PrepareConfig(out_dir=config.data_dir, tokenizer=tokenizer))
     if dist.is_initialized():
-        dist.barrier()  # the other processes wait for the data
+        dist.barrier()  # the other processes wait
 
 
 def check_base(config: TrainConfig, meta: dict, base: dict) -> None:
@@ -381,31 +378,30 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # the terminal may not know all characters of a sample
     with prepare.one_line_errors():
         if "RANK" in os.environ:  # torchrun has started this process, as one of several
-            has_cuda = torch.cuda.is_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
-            if has_cuda:
+            if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         manager = make_manager(options)
         config = manager.config
         logger = Logger(config, is_main_process=manager.rank == 0)
+    torch.set_float32_matmul_precision("high")  # on a GPU: float32 products with TF32, faster, fewer digits
 
     out_dir = shlex.quote(config.out_dir)
-    if manager.rank == 0:
-        print(f"resuming {out_dir} at step {manager.step}" if manager.step > 0 else f"new run in {out_dir}")
-        num_params = sum(param.numel() for param in manager.model.parameters())
-        print(f"{num_params:,} parameters, {len(manager.train_data.tokens):,} tokens to train on,", end=" ")
-        print(f"{manager.steps_per_epoch:,} steps an epoch, {manager.device}, {manager.dtype}")
+    logger.say(f"resuming {out_dir} at step {manager.step}" if manager.step > 0 else f"new run in {out_dir}")
+    num_params = sum(param.numel() for param in manager.model.parameters())
+    logger.say(
+        f"{num_params:,} parameters, {len(manager.train_data.tokens):,} tokens to train on, "
+        f"{manager.steps_per_epoch:,} steps an epoch, {manager.device}, {manager.dtype}"
+    )
     signal.signal(signal.SIGINT, manager.request_stop)
     signal.signal(signal.SIGTERM, manager.request_stop)
     manager.train(logger)
 
     stopped = manager.step < config.max_steps
-    if manager.rank == 0:
-        print(
-            f"stopped at step {manager.step} of {config.max_steps}; best val_loss {manager.best_val_loss:.4f}"
-        )
-        print(f"sample it:  python sample.py --checkpoint={out_dir}/best.pt")
-        print(f"continue:   python train.py --out_dir={out_dir} --resume=True")
+    logger.say(f"{'stopped' if stopped else 'finished'} at step {manager.step} of {config.max_steps}")
+    logger.say(f"sample:    python sample.py --checkpoint={out_dir}/best.pt")
+    further = "" if stopped else f" --max_steps={2 * config.max_steps}"
+    logger.say(f"train on:  python train.py --out_dir={out_dir} --resume=True{further}")
     if dist.is_initialized():
         dist.barrier()  # a process that leaves early would look dead to the others
         dist.destroy_process_group()
