@@ -105,7 +105,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table with one learned vector of D numbers for each token of the vocabulary.
 
-    They start with variance 1, so that what the blocks add at first is not large beside them.
+    The vectors start with variance 1, so that what the blocks add at first is not large beside them.
     """
 
     def __init__(self, vocab_size: int, d_model: int):
