@@ -33,7 +33,7 @@ class TrainConfig:
     data_dir: str = "data"  # folder with train.bin, val.bin and meta.json, made by prepare.py
     out_dir: str = "out"  # folder for last.pt, best.pt and metrics.jsonl
     resume: bool = False  # continue out_dir/last.pt, if it exists
-    init_from: str | None = None  # a checkpoint file: fine-tune its model, with the shape that it has
+    init_from: str | None = None  # a checkpoint file whose model is fine-tuned, in the shape that it has
     # The model, as in lm.ModelConfig
     context_length: int = 128  # tokens of a training window
     d_model: int = 128  # hidden size
@@ -93,7 +93,8 @@ class Logger:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             if self.wandb is not None:
                 self.wandb.log(values, step=step)
-            self.say("  ".join([f"step {step}"] + [f"{name} {value:.5g}" for name, value in values.items()]))
+            text = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+            self.say(f"step {step}  {text}")
 
     def say(self, text: str) -> None:
         if self.is_main_process:
@@ -110,7 +111,6 @@ class TrainManager:
         self.meta = meta
         self.step = 0  # steps made so far
         self.best_val_loss = math.inf
-        self.evaluation_seconds = 0.0  # how long the last evaluation took
         self.stop_requested = False
         self.rank = int(os.environ.get("RANK", 0))  # the number of this process, from torchrun
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))  # how many train together
@@ -180,13 +180,12 @@ class TrainManager:
                 self.check_finite(loss, grad_norm)
                 mean_loss = torch.stack(losses).mean().item()
                 seconds_per_step = (time.perf_counter() - start_time) / len(losses)
-                with_evaluations = seconds_per_step + self.evaluation_seconds / c.eval_interval
                 values = {
                     "train_loss": self.sum_over_processes(mean_loss) / self.world_size,
                     "lr": self.optimizer.param_groups[0]["lr"],
                     "grad_norm": grad_norm.item(),
-                    "tokens_per_second": c.batch_size * c.context_length / seconds_per_step,
-                    "minutes_left": with_evaluations * (c.max_steps - self.step) / 60,
+                    "tokens_per_second": round(c.batch_size * c.context_length / seconds_per_step),
+                    "minutes_left": round(seconds_per_step * (c.max_steps - self.step) / 60, 1),
                 }
                 logger.log(self.step, values)
                 losses = []
@@ -241,7 +240,6 @@ class TrainManager:
 
     def evaluate_and_save(self, logger: Logger) -> None:
         """Evaluate, save the run, then report."""
-        start_time = time.perf_counter()
         val_loss = self.evaluate()
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"val_loss not finite at step {self.step}; try a lower --max_lr")
@@ -253,7 +251,6 @@ class TrainManager:
         val_bpb = val_loss / math.log(2) * len(self.val_data.tokens) / self.meta["val_bytes"]
         logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb})
         logger.say(f"    {self.sample(80)!r}")
-        self.evaluation_seconds = time.perf_counter() - start_time
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -275,7 +272,7 @@ class TrainManager:
         return self.sum_over_processes(total) / count
 
     def sample(self, max_new_tokens: int) -> str:
-        """Text that the model writes now, after a newline, from the same random numbers each time."""
+        """Text that the model writes now, after a newline, drawn with the same seed each time."""
         prompt = torch.tensor([self.tokenizer.encode("\n")], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self.model.eval()
@@ -305,7 +302,7 @@ class TrainManager:
     def load(self, state: dict) -> None:
         """Continue the run of a last.pt, whose model this one has already."""
         optimizer = state["optimizer"]
-        optimizer["param_groups"] = self.optimizer.state_dict()["param_groups"]  # the options of now
+        optimizer["param_groups"] = self.optimizer.state_dict()["param_groups"]  # with today's options
         self.optimizer.load_state_dict(optimizer)
         if state["scaler"]:  # empty unless the run was in float16
             self.scaler.load_state_dict(state["scaler"])
@@ -368,9 +365,7 @@ def check_base(config: TrainConfig, meta: dict, base: dict) -> None:
     if config.context_length > longest:
         raise ValueError(f"--context_length={config.context_length}: the model takes at most {longest}")
     if base["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(
-            f"{config.data_dir} has other tokens than the checkpoint: see prepare.py --tokenizer"
-        )
+        raise ValueError(f"{config.data_dir} was not prepared with the tokenizer of the checkpoint")
 
 
 def main() -> None:
