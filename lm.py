@@ -23,10 +23,10 @@ The letters name the dimensions, here and in every shape below:
     V  vocabulary: how many different tokens there are
 Attention adds H, K, G and S; they are explained there.
 
-The embedding turns each token into a vector of D numbers. These vectors x are called the residual stream:
-each block only adds to them, twice. First attention adds to each token's vector what it collects from the
-token itself and from earlier ones. Then the feed-forward, SwiGLU, adds what it computes from each vector on
-its own. Both read a copy of x that RMSNorm has rescaled.
+The embedding turns each token into a vector of D numbers. These vectors x are called the residual stream: a
+block does not replace them, it adds something (a residual) to them, twice. First attention adds to each
+token's vector what it collects from the token itself and from earlier ones. Then the feed-forward network,
+SwiGLU, adds what it computes from each vector on its own. Both read a copy of x that RMSNorm has rescaled.
 
 The last Linear turns each vector into V logits: a number z_i for every token i that might come next. Softmax,
 exp(z_i) / Σ_j exp(z_j), turns them into probabilities. The loss is the mean of -ln(probability of the true
@@ -52,9 +52,9 @@ This trains a small model on the text of this very file, in about ten seconds:
             group["lr"] = lr_cosine_schedule(step, max_lr=3e-3, min_lr=0.0, warmup_steps=50, total_steps=500)
         tokens, targets = dataset.batch(step, batch_size=8, seed=0)  # targets: the token after each token
         loss = model(tokens, targets)  # the forward pass: torch records each operation
-        loss.backward()  # the backward pass: by the chain rule, how the loss changes with each weight
-        optimizer.step()  # move each weight a little, against this gradient
-        optimizer.zero_grad()  # forget this gradient
+        loss.backward()  # the backward pass: the chain rule gives the gradient, which is how the loss changes
+        optimizer.step()  # with each weight; torch keeps it in weight.grad. Move each weight against it.
+        optimizer.zero_grad()  # forget the gradient
         if step % 100 == 0 or step == 499:
             print(f"step {step}: loss {loss.item():.2f}")
 
@@ -62,8 +62,8 @@ This trains a small model on the text of this very file, in about ten seconds:
     text = model.generate(prompt, max_new_tokens=100)  # 100 times: draw a token, append it
     print(bytes(text[0].tolist()).decode(errors="replace"))
 
-The loss begins at 5.8, above 5.5, because random logits are sometimes sure of a wrong token. It falls below
-2: the true next byte then has a probability of about exp(-2), 14 percent.
+The loss begins at 5.8, above 5.5: the first logits are random, and to prefer random tokens is worse than to
+prefer none. It falls below 2: the true next byte then typically has a probability of exp(-2), 14 percent.
 
 Each class and function can be copied into another project, together with what it names.
 """
@@ -82,12 +82,12 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------ Linear, Embedding
 class Linear(nn.Module):
-    """A linear map without bias, y = x Wᵀ, where W has a row of weights for each output.
+    """A linear map without bias, y = x Wᵀ: vectors are rows, and W has a row of weights for each output.
 
-    The weights start random: equal weights would get equal gradients and stay equal. Each output is a sum of
-    d_in independent terms, so its variance is d_in times that of one term: weights of variance 1 / d_in would
-    keep the scale of the inputs. In the backward pass the gradient of each input is a sum of d_out terms, so
-    1 / d_out would keep the scale of the gradients. 2 / (d_in + d_out) is the compromise.
+    The weights start random: equal rows would get equal gradients and stay equal. How large? Each output is a
+    sum of d_in independent terms, weight times input, so its variance is d_in times that of one term: weights
+    of variance 1 / d_in keep the scale of the inputs. In the backward pass the gradient of each input is a
+    sum of d_out terms, so 1 / d_out would keep its scale. 2 / (d_in + d_out) is the compromise.
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010, equation 12.
     """
@@ -114,12 +114,12 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Integers from 0 to V-1 (...) → their rows of the table (..., D)."""
-        return F.embedding(tokens, self.weight)
+        return F.embedding(tokens, self.weight)  # self.weight[tokens]
 
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
 class RMSNorm(nn.Module):
-    """y = x / √(mean(x²) + ε) · g: scale each vector to root mean square 1, then each feature by a gain g.
+    """y = g · x / √(mean(x²) + ε): scale each vector to root mean square 1, then each feature by a gain g.
 
     What the blocks add to the residual stream changes its scale, from block to block and in the course of
     training. Attention and feed-forward learn best if their input keeps its scale, so each has an RMSNorm
@@ -146,8 +146,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Three linear maps turn the vector of each token into three others, of K numbers each: a query q (what the
     token looks for), a key k (what it offers) and a value v (what it passes on). The dot product of a query
     and a key is their score: how well they match. For each query, softmax turns the scores into attention
-    weights, which are positive and sum to 1. (They are computed anew for each text, not trained.) The result
-    is the mean of the values, weighted by these.
+    weights, which are positive and sum to 1. The result is the mean of the values, weighted by these. So in
+    "the cat slept because it", the query of "it" may match the key of "cat", whose value then flows to "it".
+    What to look for is learned: the three maps are trained, the attention weights are computed for each text.
 
     A token must not see later ones: they are what it has to predict. So the causal mask adds -inf to their
     scores, and softmax makes their weights 0. For T = 3, with a row for each query and a column for each key:
@@ -158,21 +159,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Why √K? If q and k hold independent numbers of mean 0 and variance 1, each of the K products that a score
     sums has variance 1, so the score has variance K. Divided by √K it has 1. Larger scores would give nearly
-    all weight to a single token. A small change of a score then changes nothing, so nothing is learned.
+    all weight to a single token. A small change of a score then changes almost nothing: the gradient is near
+    0, and learning stalls.
 
-    All this happens in H "heads" side by side (see MultiheadSelfAttention). q, k and v have the shape
-    (B, H, T, K), and the function computes
+    This happens H times side by side, in "heads". For q, k and v of shape (B, H, T, K), the function computes
 
         mask = torch.full((T, T), -math.inf).triu(1)  # triu(1): keep what is above the diagonal, else 0
         scores = q @ k.mT / math.sqrt(K) + mask  # (B, H, T, T); k.mT is k with its last two axes swapped
         weights = scores.softmax(dim=-1)
         y = weights @ v  # (B, H, T, K)
 
-    It leaves this to torch, which does it in one piece and need not hold all T · T scores in memory.
+    It leaves this to torch, which does it in one piece and need not hold all T · T scores in memory. It also
+    takes two cases that are explained later: G < H heads of keys and values (see MultiheadSelfAttention), and
+    T = 1 query, that of a new token, for the keys of all S tokens so far (see KVCache).
 
-    Two further cases save memory. There may be only G heads of keys and values, each for H / G heads of
-    queries; and in generation there is one query, T = 1, for the keys of all S tokens so far. So in general q
-    is (B, H, T, K), and k and v are (B, G, S, K). Returns (B, H, T, K). Raises ValueError unless T is S or 1.
+    q (B, H, T, K), k and v (B, G, S, K) → (B, H, T, K). Raises ValueError unless T is S or 1.
     Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 1.
     """
     H, T = q.shape[1:3]
@@ -185,7 +186,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- RoPE
 class RoPE(nn.Module):
-    """Rotary position embedding: rotate queries and keys by angles that grow with their position.
+    """Rotary position embedding: tell attention where tokens stand, by rotating queries and keys.
 
     Without it, a score does not depend on where the two tokens stand. To a layer of attention, the tokens
     before a word are an unordered set: in "dog bites man" and "bites dog man", man would see the same.
@@ -196,14 +197,14 @@ class RoPE(nn.Module):
         x1' = x1 · cos a - x2 · sin a
         x2' = x2 · cos a + x1 · sin a
 
-    If a query and a key are turned by the same angle, their dot product stays the same. So only the
-    difference of their angles matters: the score now depends on how far apart the two tokens are. Values are
-    not rotated.
+    If a query and a key are both turned by the same angle, their dot product stays the same. Turn both back
+    by the key's angle: the key is not turned any more, and the query by the difference of the angles. So the
+    score depends on how far apart the two tokens are. Values are not rotated: only scores need the distance.
 
     The pairs turn at different speeds. If K is 4, the first pair turns by a = t radians, which tells
-    neighbours apart, and the second by a = t / 100, for long distances. In general pair j = 0 … K/2 - 1 has
+    neighbours apart, and the second by a = t / 100, for long distances. In general, with theta = 10,000,
 
-        a = t · base^(-2j/K), where the base (theta, for Hugging Face rope_theta) is 10,000 by default.
+        a = t · theta^(-2j/K) for pair j = 0 … K/2 - 1
 
     Pair j is feature j of the first half of the features and feature j of the second half, as in Hugging
     Face's Llama. The paper pairs neighbours, features 2j and 2j + 1 ("interleaved"). Both are the same method
@@ -282,13 +283,14 @@ class MultiheadSelfAttention(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- SwiGLU
 class SwiGLU(nn.Module):
-    """The feed-forward: y = (silu(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ, for each vector x on its own.
+    """The feed-forward network: y = (silu(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ, for each vector x on its own.
 
     Attention moves information from token to token, but only averages it. The feed-forward does not look at
-    other tokens. It computes, on what each token has collected, something that no linear map can:
-    silu(z) = z / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z is far above. So the gate,
-    silu(x W_gateᵀ), switches each of the d_ff inner features x W_upᵀ off, or scales it; ⊙ multiplies feature
-    by feature. A plain feed-forward has two matrices and d_ff = 4 D. With three, d_ff = 8/3 D costs the same.
+    other tokens. It computes, on what each token has collected, something that no linear map can. W_up makes
+    d_ff features out of D, a gate switches each of them off or scales it, and W_down maps back to D. The gate
+    is silu(x W_gateᵀ), where silu(z) = z / (1 + e⁻ᶻ) is close to 0 if z is far below 0, and close to z if z
+    is far above; ⊙ multiplies feature by feature. A plain network, relu(x W_upᵀ) W_downᵀ, usually has d_ff =
+    4 D; with three matrices 8/3 D costs the same.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
 
@@ -322,7 +324,7 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(self, d_model, num_heads, num_kv_heads, d_ff, rope, norm_eps=1e-5, dropout=0.0):
-        """rope is a RoPE, norm_eps and dropout, the probability p, are floats; all others are integers."""
+        """Integers, but: rope, the RoPE of the model; norm_eps, a float; dropout, the probability p."""
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, norm_eps)
         self.self_attn = MultiheadSelfAttention(d_model, num_heads, num_kv_heads, rope)
@@ -460,8 +462,9 @@ class TransformerLM(nn.Module):
                 layer.self_attn.o_proj.weight /= math.sqrt(2 * c.num_layers)
                 layer.mlp.down_proj.weight /= math.sqrt(2 * c.num_layers)
         if c.tie_embeddings:
-            # One matrix for both: a token that fits here has a vector like the one that it is read as. Logits
-            # are sums of d_model terms, so this gives them variance 1. As embeddings the vectors are small.
+            # One matrix: a token's row is looked up when the token is read, and multiplied with x to score it
+            # as the next one. Logits are sums of d_model terms, so this gives them variance 1. As embeddings
+            # the rows are small, but RMSNorm rescales them.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(c.d_model))
             self.embed_tokens.weight = self.lm_head.weight
 
@@ -519,7 +522,8 @@ class TransformerLM(nn.Module):
         finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)  # which rows have ended
         for _ in range(max_new_tokens):
             # A full cache cannot drop its first token: the keys and values of the others were computed from
-            # vectors that had collected from it. So read the last half of the window again, from position 0.
+            # vectors that had collected from it. So read the end of the window again, from position 0; half
+            # of it, so that this is rare.
             if window.shape[1] > context_length:
                 window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache() for _ in self.layers]
@@ -557,8 +561,8 @@ def scale_frequencies(
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay: gradient descent that gives all weights steps of similar size.
 
-    Plain gradient descent is w ← w - η · g, for a weight w with gradient g at the learning rate η. AdamW does
-    this in its step t = 1, 2, …:
+    Plain gradient descent is w ← w - η · g, for a weight w with gradient g at the learning rate η. Step t of
+    AdamW, t = 1, 2, …, is
 
         w ← w - η · λ · w              weight decay, with λ = weight_decay
         m ← β₁ · m + (1 - β₁) · g      first moment: the running mean of the gradient
@@ -723,9 +727,9 @@ class CheckpointHandler:
     One of a training run holds also
         config          the options of the run, a dict
         step            how many updates it has made
-        best_val_loss   the lowest validation loss so far, in nats
+        best_val_loss   the lowest loss so far, in nats, on text that is held out from training
     and, if the run can be resumed from it,
-        optimizer, scaler   their state dicts
+        optimizer, scaler   their state dicts (the scaler is for training in float16)
     """
 
     @staticmethod
