@@ -104,8 +104,8 @@ class Logger:
 class TrainManager:
     """One training run: model, optimizer and data, from the first step to the last."""
 
-    def __init__(self, config: TrainConfig, meta: dict, base: dict | None = None):
-        """meta: what meta.json says. base: the checkpoint whose model is trained on; None: a new model."""
+    def __init__(self, config: TrainConfig, meta: dict, checkpoint: dict | None = None):
+        """meta: what meta.json says. checkpoint: its model is trained further; None: a new model."""
         c = config
         self.config = config
         self.meta = meta
@@ -126,7 +126,7 @@ class TrainManager:
 
         self.device, self.dtype = prepare.pick_device(c.device, c.dtype)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.model = self.make_model(base)
+        self.model = self.make_model(checkpoint)
         self.ddp_model = self.model
         if self.world_size > 1:  # DDP averages the gradients of the processes in the backward pass
             self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
@@ -141,16 +141,16 @@ class TrainManager:
         # the backward pass and divides the gradient after it. For the other dtypes it does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def make_model(self, base: dict | None) -> lm.TransformerLM:
+    def make_model(self, checkpoint: dict | None) -> lm.TransformerLM:
         c = self.config
         torch.manual_seed(c.seed)
-        if base is None:
+        if checkpoint is None:
             shape = {name: getattr(c, name) for name in ["context_length", *SHAPE]}
             model = lm.TransformerLM(lm.ModelConfig(self.tokenizer.vocab_size, **shape, dropout=c.dropout))
         else:
-            fields = base["model_config"] | {"dropout": c.dropout}
+            fields = checkpoint["model_config"] | {"dropout": c.dropout}
             model = lm.TransformerLM(lm.ModelConfig(**fields))
-            model.load_state_dict(base["model"])
+            model.load_state_dict(checkpoint["model"])
         if c.compile:
             model.compile()
         return model.to(self.device)
@@ -324,24 +324,24 @@ def make_manager(options: dict) -> TrainManager:
         raise ValueError(f"{out_dir} holds a run; continue it with --resume=True, or name another --out_dir")
 
     resuming = resume and last.exists()
-    base = None  # the checkpoint to train on
+    checkpoint = None  # whose model is trained further
     saved = {}  # the options that it decides
     if resuming:
-        base = lm.CheckpointHandler.load(last)
-        saved = base["config"] | {"out_dir": str(out_dir)}  # the folder may have been moved
+        checkpoint = lm.CheckpointHandler.load(last)
+        saved = checkpoint["config"] | {"out_dir": str(out_dir)}  # the folder may have been moved
     elif "init_from" in options:
-        base = lm.CheckpointHandler.load(options["init_from"])
-        saved = {name: base["model_config"][name] for name in SHAPE}
+        checkpoint = lm.CheckpointHandler.load(options["init_from"])
+        saved = {name: checkpoint["model_config"][name] for name in SHAPE}
     config = TrainConfig(**(saved | options))
 
     if not resuming and config.data_dir == TrainConfig.data_dir:
         prepare_default_data(config)
     meta = prepare.load_meta(config.data_dir)
-    if base is not None:
-        check_base(config, meta, base)
-    manager = TrainManager(config, meta, base)
+    if checkpoint is not None:
+        check_compatible(config, meta, checkpoint)
+    manager = TrainManager(config, meta, checkpoint)
     if resuming:
-        manager.load(base)
+        manager.load(checkpoint)
     return manager
 
 
@@ -355,16 +355,16 @@ def prepare_default_data(config: TrainConfig) -> None:
         dist.barrier()  # the other processes wait
 
 
-def check_base(config: TrainConfig, meta: dict, base: dict) -> None:
+def check_compatible(config: TrainConfig, meta: dict, checkpoint: dict) -> None:
     """Raise ValueError if the model of a checkpoint cannot be trained with these options, on this data."""
     for name in SHAPE:
-        has = base["model_config"][name]
+        has = checkpoint["model_config"][name]
         if getattr(config, name) not in (None, has):
             raise ValueError(f"--{name}={getattr(config, name)}: the model of the checkpoint has {has}")
-    longest = base["model_config"]["context_length"]
+    longest = checkpoint["model_config"]["context_length"]
     if config.context_length > longest:
         raise ValueError(f"--context_length={config.context_length}: the model takes at most {longest}")
-    if base["tokenizer"] != meta["tokenizer"]:
+    if checkpoint["tokenizer"] != meta["tokenizer"]:
         raise ValueError(f"{config.data_dir} was not prepared with the tokenizer of the checkpoint")
 
 
