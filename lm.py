@@ -52,9 +52,11 @@ This trains a small model on the text of this very file, in about ten seconds:
             group["lr"] = lr_cosine_schedule(step, max_lr=3e-3, min_lr=0.0, warmup_steps=50, total_steps=500)
         tokens, targets = dataset.batch(step, batch_size=8, seed=0)  # targets: the token after each token
         loss = model(tokens, targets)  # the forward pass: torch records each operation
-        loss.backward()  # the backward pass: the chain rule gives the gradient, which is how the loss changes
-        optimizer.step()  # with each weight; torch keeps it in weight.grad. Move each weight against it.
-        optimizer.zero_grad()  # forget the gradient
+        # The backward pass: by the chain rule, the gradient of each weight, which is how the loss changes with
+        # it. torch keeps it in weight.grad.
+        loss.backward()
+        optimizer.step()  # move each weight a little, against its gradient
+        optimizer.zero_grad()  # forget the gradients
         if step % 100 == 0 or step == 499:
             print(f"step {step}: loss {loss.item():.2f}")
 
@@ -159,15 +161,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Why √K? If q and k hold independent numbers of mean 0 and variance 1, each of the K products that a score
     sums has variance 1, so the score has variance K. Divided by √K it has 1. Larger scores would give nearly
-    all weight to a single token. A small change of a score then changes almost nothing: the gradient is near
-    0, and learning stalls.
+    all weight to a single token; a small change of a score then changes almost nothing, and learning stalls.
 
     This happens H times side by side, in "heads". For q, k and v of shape (B, H, T, K), the function computes
 
         mask = torch.full((T, T), -math.inf).triu(1)  # triu(1): keep what is above the diagonal, else 0
         scores = q @ k.mT / math.sqrt(K) + mask  # (B, H, T, T); k.mT is k with its last two axes swapped
-        weights = scores.softmax(dim=-1)
-        y = weights @ v  # (B, H, T, K)
+        y = scores.softmax(dim=-1) @ v  # (B, H, T, K)
 
     It leaves this to torch, which does it in one piece and need not hold all T · T scores in memory. It also
     takes two cases that are explained later: G < H heads of keys and values (see MultiheadSelfAttention), and
@@ -627,7 +627,8 @@ class AdamW(torch.optim.Optimizer):
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
     """The learning rate of a step, counted from 0: a line up, then half a cosine down.
 
-    It is 0 at step 0, which only fills AdamW's moments; max_lr at warmup_steps; min_lr from total_steps on.
+    It is 0 at step 0, which only fills AdamW's moments; max_lr at warmup_steps; min_lr from total_steps on. If
+    the warm-up is not over by then, it goes on.
 
     Why warm up? AdamW's running means start from a few batches, and a large step in such an uncertain
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small

@@ -87,13 +87,12 @@ class Logger:
 
                 self.wandb = wandb.init(project=config.wandb_project, config=dataclasses.asdict(config))
 
-    def log(self, step: int, values: dict) -> None:
-        """Keep and print what was measured after so many steps."""
+    def log(self, step: int, values: dict, text: str) -> None:
+        """Keep what was measured after so many steps, and print the text."""
         if self.is_main_process:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             if self.wandb is not None:
                 self.wandb.log(values, step=step)
-            text = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
             self.say(f"step {step}  {text}")
 
     def say(self, text: str) -> None:
@@ -158,7 +157,7 @@ class TrainManager:
     def train(self, logger: Logger) -> None:
         """Train to max_steps, or until a signal asks to stop."""
         c = self.config
-        losses = []  # of the steps since the last line of the log
+        losses = []  # of the steps since the last line of the log, of progress or of an evaluation
         start_time = time.perf_counter()
         for step in range(self.step, c.max_steps):
             if step % c.eval_interval == 0:
@@ -178,16 +177,8 @@ class TrainManager:
 
             if self.step % c.log_interval == 0 or self.step == c.max_steps:
                 self.check_finite(loss, grad_norm)
-                mean_loss = torch.stack(losses).mean().item()
-                seconds_per_step = (time.perf_counter() - start_time) / len(losses)
-                values = {
-                    "train_loss": self.sum_over_processes(mean_loss) / self.world_size,
-                    "lr": self.optimizer.param_groups[0]["lr"],
-                    "grad_norm": grad_norm.item(),
-                    "tokens_per_second": round(c.batch_size * c.context_length / seconds_per_step),
-                    "minutes_left": round(seconds_per_step * (c.max_steps - self.step) / 60, 1),
-                }
-                logger.log(self.step, values)
+                seconds = (time.perf_counter() - start_time) / len(losses)  # of a step
+                self.report_progress(logger, torch.stack(losses).mean().item(), grad_norm.item(), seconds)
                 losses = []
                 start_time = time.perf_counter()
         self.evaluate_and_save(logger)
@@ -238,6 +229,16 @@ class TrainManager:
         dist.all_reduce(total)
         return total.item()
 
+    def report_progress(self, logger: Logger, loss: float, grad_norm: float, seconds_per_step: float) -> None:
+        c = self.config
+        loss = self.sum_over_processes(loss) / self.world_size
+        lr = self.optimizer.param_groups[0]["lr"]
+        speed = c.batch_size * c.context_length / seconds_per_step
+        minutes_left = (c.max_steps - self.step) * seconds_per_step / 60
+        values = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        text = f"train_loss {loss:.4f}  lr {lr:.2e}  grad_norm {grad_norm:.2f}  {speed:,.0f} tokens/s"
+        logger.log(self.step, values, f"{text}  {minutes_left:.1f} minutes left")
+
     def evaluate_and_save(self, logger: Logger) -> None:
         """Evaluate, save the run, then report."""
         val_loss = self.evaluate()
@@ -249,8 +250,8 @@ class TrainManager:
         self.save("last.pt")
         # Bits per byte can be compared between tokenizers; nats per token cannot.
         val_bpb = val_loss / math.log(2) * len(self.val_data.tokens) / self.meta["val_bytes"]
-        logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb})
-        logger.say(f"    {self.sample(80)!r}")
+        text = f"val_loss {val_loss:.4f} nats  {val_bpb:.4f} bits/byte  {self.sample(60)!r}"
+        logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb}, text)
 
     @torch.no_grad()
     def evaluate(self) -> float:
