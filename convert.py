@@ -145,11 +145,10 @@ def to_hf(checkpoint: dict, folder: str | os.PathLike, like: str | None = None, 
     """
     import safetensors.torch
 
-    if (
-        like is not None
-        and Path(like, "tokenizer.json").read_text(encoding="utf-8") != checkpoint["tokenizer"]
-    ):
-        raise ValueError(f"{like} has another tokenizer than the checkpoint")
+    if like is not None:
+        tokenizer = Path(like, "tokenizer.json").read_text(encoding="utf-8")
+        if tokenizer != checkpoint["tokenizer"]:
+            raise ValueError(f"{like} has another tokenizer than the checkpoint")
     folder = Path(folder)
     folder.mkdir(parents=True)
     config = checkpoint["model_config"]
@@ -157,9 +156,9 @@ def to_hf(checkpoint: dict, folder: str | os.PathLike, like: str | None = None, 
     weights = {}
     for key, tensor in checkpoint["model"].items():
         if key != "lm_head.weight":
-            weights[f"model.{key}"] = tensor.to(dtype)
+            weights[f"model.{key}"] = tensor.to(dtype or tensor.dtype)
         elif not config["tie_embeddings"]:
-            weights[key] = tensor.to(dtype)
+            weights[key] = tensor.to(dtype or tensor.dtype)
 
     fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     for theirs, ours, _ in FIELDS:
@@ -209,7 +208,9 @@ def main() -> None:
             has_tokenizer = checkpoint["tokenizer"] is not None
         else:
             checkpoint = lm.CheckpointHandler.load(source)
-            dtype = None if config.dtype is None else getattr(torch, config.dtype)
+            dtype = None
+            if config.dtype is not None:
+                _, dtype = prepare.pick_device("cpu", config.dtype)
             to_hf(checkpoint, target, config.like, dtype)
             has_tokenizer = checkpoint["tokenizer"] not in (None, "bytes")
     print(f"wrote {target}, with its tokenizer" if has_tokenizer else f"wrote {target}, without a tokenizer")

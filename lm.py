@@ -52,8 +52,8 @@ This trains a small model on the text of this very file, in about ten seconds:
             group["lr"] = lr_cosine_schedule(step, max_lr=3e-3, min_lr=0.0, warmup_steps=50, total_steps=500)
         tokens, targets = dataset.batch(step, batch_size=8, seed=0)  # targets: the token after each token
         loss = model(tokens, targets)  # the forward pass: torch records each operation
-        # The backward pass: by the chain rule, the gradient of each weight, which is how the loss changes with
-        # it. torch keeps it in weight.grad.
+        # The backward pass: by the chain rule, the gradient of each weight, which is how the loss changes
+        # with it. torch keeps it in weight.grad.
         loss.backward()
         optimizer.step()  # move each weight a little, against its gradient
         optimizer.zero_grad()  # forget the gradients
@@ -528,7 +528,8 @@ class TransformerLM(nn.Module):
                 window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache() for _ in self.layers]
             unread = window[:, caches[0].length :]  # first the whole window, then one token at a time
-            logits = self(unread, caches=caches)[:, -1]  # (B, V)
+            # forward, because a compiled model, called, would be compiled anew for each new length.
+            logits = self.forward(unread, caches=caches)[:, -1]  # (B, V)
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
@@ -627,8 +628,8 @@ class AdamW(torch.optim.Optimizer):
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
     """The learning rate of a step, counted from 0: a line up, then half a cosine down.
 
-    It is 0 at step 0, which only fills AdamW's moments; max_lr at warmup_steps; min_lr from total_steps on. If
-    the warm-up is not over by then, it goes on.
+    It is 0 at step 0, which only fills AdamW's moments; max_lr at warmup_steps; min_lr from total_steps on.
+    (A warm-up that is longer than total_steps is finished first.)
 
     Why warm up? AdamW's running means start from a few batches, and a large step in such an uncertain
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small

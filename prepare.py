@@ -84,7 +84,7 @@ def split_blocks(paths: list, val_fraction: float) -> Iterator[tuple[str, bytes,
     train_left = total - int(total * val_fraction)  # bytes that are still to train on
     for text, begins_document in read_blocks(paths):
         cut = min(max(train_left, 0), len(text))
-        while cut < len(text) and 0x80 <= text[cut] < 0xC0:  # not inside a character of UTF-8
+        while 0 < cut < len(text) and 0x80 <= text[cut] < 0xC0:  # not inside a character of UTF-8
             cut += 1
         if cut > 0:
             yield "train", text[:cut], begins_document

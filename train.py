@@ -116,6 +116,8 @@ class TrainManager:
         if c.batch_size % self.world_size != 0:
             raise ValueError(f"batch_size is {c.batch_size}, not a multiple of {self.world_size} processes")
         self.micro_batch_size = c.micro_batch_size or c.batch_size // self.world_size
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1")
 
         self.tokenizer = prepare.load_tokenizer(meta["tokenizer"], meta["eos_id"])
         data_dir = Path(c.data_dir)
@@ -250,8 +252,9 @@ class TrainManager:
         self.save("last.pt")
         # Bits per byte can be compared between tokenizers; nats per token cannot.
         val_bpb = val_loss / math.log(2) * len(self.val_data.tokens) / self.meta["val_bytes"]
-        text = f"val_loss {val_loss:.4f} nats  {val_bpb:.4f} bits/byte  {self.sample(60)!r}"
-        logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb}, text)
+        if self.rank == 0:
+            text = f"val_loss {val_loss:.4f} nats  {val_bpb:.4f} bits/byte  {self.sample(60)!r}"
+            logger.log(self.step, {"val_loss": val_loss, "val_bpb": val_bpb}, text)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -277,8 +280,7 @@ class TrainManager:
         prompt = torch.tensor([self.tokenizer.encode("\n")], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self.model.eval()
-        with torch.compiler.set_stance("force_eager"):  # each token changes the shapes
-            tokens = self.model.generate(prompt, max_new_tokens, temperature=0.8, generator=generator)
+        tokens = self.model.generate(prompt, max_new_tokens, temperature=0.8, generator=generator)
         self.model.train()
         return self.tokenizer.decode(tokens[0, prompt.shape[1] :].tolist())
 
