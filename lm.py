@@ -324,7 +324,7 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(self, d_model, num_heads, num_kv_heads, d_ff, rope, norm_eps=1e-5, dropout=0.0):
-        """Integers, but: rope, the RoPE of the model; norm_eps, a float; dropout, the probability p."""
+        """Sizes; rope, the RoPE that all blocks share; norm_eps, RMSNorm's ε; dropout, the probability p."""
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, norm_eps)
         self.self_attn = MultiheadSelfAttention(d_model, num_heads, num_kv_heads, rope)
@@ -528,8 +528,7 @@ class TransformerLM(nn.Module):
                 window = window[:, -max(1, context_length // 2) :]
                 caches = [KVCache() for _ in self.layers]
             unread = window[:, caches[0].length :]  # first the whole window, then one token at a time
-            # forward, because a compiled model, called, would be compiled anew for each new length.
-            logits = self.forward(unread, caches=caches)[:, -1]  # (B, V)
+            logits = self.forward(unread, caches=caches)[:, -1]  # self(…), if compiled, would recompile
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 token = token.masked_fill(finished, eos_id)
@@ -590,7 +589,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        """params: parameters, or groups of them as above. betas: two floats. All others: floats."""
+        """params: parameters, or groups of them as above. betas: (β₁, β₂). All others are floats."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -278,7 +278,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except IsADirectoryError as error:
         folder = error.filename
-        sys.exit(f"error: {folder} is a folder; to convert a Llama:  python convert.py {folder} llama.pt")
+        hint = f"(if it is a model of Hugging Face:  python convert.py {folder} llama.pt)"
+        sys.exit(f"error: {folder} is a folder, but a file is needed {hint}")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 

@@ -404,7 +404,7 @@ def main() -> None:
         dist.barrier()  # a process that leaves early would look dead to the others
         dist.destroy_process_group()
     if stopped:
-        sys.exit(1)
+        sys.exit(1)  # whoever waits for a trained model must not go on
 
 
 if __name__ == "__main__":
