@@ -10,7 +10,9 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 import lm
@@ -23,7 +25,7 @@ class ConvertConfig:
 
     paths: list[str] = field(default_factory=list)  # from and to: a folder and a checkpoint, or the reverse
     like: str | None = None  # a folder whose tokenizer files and chat template the new folder gets
-    dtype: str | None = None  # of the weights in the new folder, as bfloat16; None: as in the checkpoint
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the new folder; None: as they are
 
 
 # The fields of a Llama's config.json: their names, ours, and the value where a config.json leaves one out.
@@ -207,9 +209,7 @@ def main() -> None:
             has_tokenizer = checkpoint["tokenizer"] is not None
         else:
             checkpoint = lm.CheckpointHandler.load(source)
-            dtype = None
-            if config.dtype is not None:
-                _, dtype = prepare.pick_device("cpu", config.dtype)
+            dtype = None if config.dtype is None else getattr(torch, config.dtype)
             to_hf(checkpoint, target, config.like, dtype)
             has_tokenizer = checkpoint["tokenizer"] not in (None, "bytes")
     print(f"wrote {target}, with its tokenizer" if has_tokenizer else f"wrote {target}, without a tokenizer")

@@ -35,7 +35,7 @@ guess costs -ln(1/V) = ln(V), which is 5.5 nats for the 256 tokens that bytes ma
 
 Training changes the model's weights, the numbers in its matrices and tables, so that the loss falls.
 
-This trains a small model on the text of this very file, in about ten seconds:
+This trains a small model on the text of this very file, in less than a minute:
 
     import torch
     from lm import AdamW, MemmapTokenDataset, ModelConfig, TransformerLM, lr_cosine_schedule

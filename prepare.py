@@ -256,12 +256,12 @@ def parse_options(config_class: type, doc: str) -> dict:
             parser.add_argument(field.name, nargs="*", help=comment)
             continue
         kind = field.type
-        if kind is bool:
-            kind = parse_bool
-        elif type(None) in typing.get_args(kind):  # as int | None
+        if type(None) in typing.get_args(kind):  # as int | None
             kind = typing.get_args(kind)[0]
+        choices = typing.get_args(kind) or None  # of a Literal
+        kind = {bool: parse_bool, int: int, float: float}.get(kind, str)
         help_text = f"{comment} (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=kind, metavar="", help=help_text)
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar="", help=help_text)
     return vars(parser.parse_args())
 
 
@@ -293,8 +293,6 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         is_cuda = device.startswith("cuda")
         has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype={dtype}: only float32, bfloat16 and float16 are supported")
     return torch.device(device), getattr(torch, dtype)
 
 

@@ -9,6 +9,7 @@ python sample.py                               # on a terminal: asks for one pro
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -29,7 +30,7 @@ class SampleConfig:
     num_samples: int = 1  # how many continuations
     seed: int = 0  # the same seed draws the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # of the weights: auto, float32, bfloat16, float16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
 
 def read_prompts(prompt: str | None) -> Iterator[str]:
@@ -79,7 +80,7 @@ def main() -> None:
             stream = model.stream(
                 batch, c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, generator
             )
-            new_tokens = (token.item() for token in stream if token.item() != tokenizer.eos_id)
+            new_tokens = (token.item() for token in stream if token != tokenizer.eos_id)
             for text in decode_stream(tokenizer, prompt_tokens, new_tokens):
                 print(text, end="", flush=True)
             print("\n")

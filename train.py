@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class TrainConfig:
     wandb_project: str | None = None  # also log to this project of Weights & Biases
     # The machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # of the matrix products: auto, float32, bfloat16, float16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool = False  # compile the model with torch.compile
 
 
@@ -172,7 +173,7 @@ class TrainManager:
             self.step = step + 1
 
             # A signal may have reached one process only, but all must stop after the same step.
-            if self.sum_over_processes(float(self.stop_requested)) > 0:
+            if self.sum_over_processes(float(self.stop_requested)) > 0 and self.step < c.max_steps:
                 self.check_finite(loss, grad_norm)
                 self.save("last.pt")
                 return
