@@ -69,7 +69,7 @@ class TrainConfig:
     compile: bool = False  # compile the model with torch.compile
 
 
-# The options that a checkpoint decides. (Its context_length is the longest that its model can take.)
+# The options that describe the model of a checkpoint, and cannot be changed when it is trained further.
 SHAPE = ["d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"]
 SHAPE += ["rope_theta", "norm_eps", "tie_embeddings"]
 
@@ -328,15 +328,16 @@ def make_manager(options: dict) -> TrainManager:
         raise ValueError(f"{out_dir} holds a run; continue it with --resume=True, or name another --out_dir")
 
     resuming = resume and last.exists()
-    checkpoint = None  # whose model is trained further
-    saved = {}  # the options that it decides
     if resuming:
         checkpoint = lm.CheckpointHandler.load(last)
         saved = checkpoint["config"] | {"out_dir": str(out_dir)}  # the folder may have been moved
     elif "init_from" in options:
         checkpoint = lm.CheckpointHandler.load(options["init_from"])
         saved = {name: checkpoint["model_config"][name] for name in SHAPE}
-    config = TrainConfig(**(saved | options))
+    else:
+        checkpoint = None
+        saved = {}
+    config = TrainConfig(**(saved | options))  # what the command line names wins
 
     if not resuming and config.data_dir == TrainConfig.data_dir:
         prepare_default_data(config)
