@@ -464,7 +464,7 @@ class TransformerLM(nn.Module):
         if c.tie_embeddings:
             # One matrix: a token's row is looked up when the token is read, and multiplied with x to score it
             # as the next one. Logits are sums of d_model terms, so this gives them variance 1. As embeddings
-            # the rows are small, but RMSNorm rescales them.
+            # the rows are then small beside what the blocks add: the price of sharing.
             nn.init.normal_(self.lm_head.weight, std=1 / math.sqrt(c.d_model))
             self.embed_tokens.weight = self.lm_head.weight
 
