@@ -406,7 +406,7 @@ def main() -> None:
         dist.barrier()  # a process that leaves early would look dead to the others
         dist.destroy_process_group()
     if stopped:
-        sys.exit(1)  # whoever waits for a trained model must not go on
+        sys.exit(1)  # so that a command after && does not take it for a finished run
 
 
 if __name__ == "__main__":
