@@ -45,12 +45,11 @@ def read_prompts(prompt: str | None) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
-def decode_stream(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of the tokens after the prompt as they come, holding back incomplete characters.
+def decode_stream(tokenizer, before: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of the tokens that follow those before, holding back incomplete characters.
 
     Some tokenizers drop the space at the start of a text. So decode together with the tokens before.
     """
-    before = prompt
     new = []
     for token in tokens:
         new.append(token)
@@ -70,6 +69,7 @@ def main() -> None:
         model, state = lm.load_model(c.checkpoint)
         tokenizer = prepare.load_tokenizer(state["tokenizer"], state["eos_id"])
     model.to(device, dtype).eval()
+    eos_id = tokenizer.eos_id
     generator = torch.Generator(device).manual_seed(c.seed)
     for prompt in read_prompts(c.prompt):
         prompt = prompt or "\n"  # there must be a token to continue
@@ -77,10 +77,8 @@ def main() -> None:
         batch = torch.tensor([prompt_tokens], device=device)
         for _ in range(c.num_samples):
             print(prompt, end="", flush=True)
-            stream = model.stream(
-                batch, c.max_new_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eos_id, generator
-            )
-            new_tokens = (token.item() for token in stream if token != tokenizer.eos_id)
+            stream = model.stream(batch, c.max_new_tokens, c.temperature, c.top_k, c.top_p, eos_id, generator)
+            new_tokens = (token.item() for token in stream if token != eos_id)
             for text in decode_stream(tokenizer, prompt_tokens, new_tokens):
                 print(text, end="", flush=True)
             print("\n")
