@@ -337,10 +337,10 @@ def test_adamw_is_torchs_over_100_steps_and_each_goes_on_from_the_others_state(f
     close(params, expected, 1e-6)
 
 
-def test_twenty_updates_give_the_golden_losses():
+def test_twelve_updates_give_the_golden_losses():
     """Made by lm.py on a CPU, once all other tests had passed; formulas give the weights and the text."""
     golden = [4.15049, 4.11706, 4.11116, 3.93926, 4.03421, 3.88973, 3.81488, 3.84851, 3.82147, 3.77778]
-    golden += [3.68865, 3.58283, 3.54892, 3.62536, 3.43514, 3.48634, 3.45643, 3.31773, 3.34281, 3.38766]
+    golden += [3.68865, 3.58283]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = tiny(num_kv_heads=2)
@@ -348,7 +348,7 @@ def test_twenty_updates_give_the_golden_losses():
         wave = torch.sin(1.7 * torch.arange(param.numel(), dtype=torch.float64) + i).view_as(param)
         param.data.copy_(1 + 0.3 * wave if param.ndim == 1 else wave / math.sqrt(param.shape[1]))
     optimizer, losses = lm.AdamW(model.parameters(), lr=3e-3), []
-    for tokens in (torch.arange(20 * 3 * 17) ** 2 % 61).view(20, 3, 17):
+    for tokens in (torch.arange(12 * 3 * 17) ** 2 % 61).view(12, 3, 17):
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         optimizer.step()
