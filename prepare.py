@@ -80,7 +80,7 @@ def split_blocks(paths: list, val_fraction: float) -> Iterator[tuple[str, bytes,
 
     The block in which the held-out part begins is cut in two.
     """
-    total = sum(len(text) for text, _ in read_blocks(paths))
+    total = sum(len(text) for text, _ in read_blocks(paths))  # reads all files once, to find their tenth
     train_left = total - int(total * val_fraction)  # bytes that are still to train on
     for text, begins_document in read_blocks(paths):
         cut = min(max(train_left, 0), len(text))
@@ -181,7 +181,7 @@ def prepare(config: PrepareConfig) -> None:
         blocks = split_blocks(paths, config.val_fraction)
         num_bytes = write_tokens(blocks, tokenizer, dtype.newbyteorder("<"), files)
     if num_bytes["train"] == 0 or num_bytes["val"] == 0:
-        raise ValueError(f"too little text: {num_bytes} bytes")
+        raise ValueError("nothing to train on, or nothing to hold out: more text, or another --val_fraction")
     meta = {
         "tokenizer": "bytes" if tokenizer.spec == "bytes" else "tokenizer.json",
         "eos_id": tokenizer.eos_id,
@@ -197,6 +197,7 @@ def prepare(config: PrepareConfig) -> None:
     if tokenizer.spec != "bytes":
         (out / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
     os.replace(out / "meta.json.tmp", out / "meta.json")
+    print(f"\nwrote {out}: {num_bytes['train']:,} bytes of text to train on, {num_bytes['val']:,} held out")
 
 
 def make_tokenizer(config: PrepareConfig, paths: list) -> ByteTokenizer | BPETokenizer:
@@ -224,7 +225,6 @@ def write_tokens(blocks: Iterator, tokenizer, dtype: np.dtype, files: dict) -> d
             num_bytes[split] += len(text)
         print(f"\rprepared {sum(num_bytes.values()) / 1e6:,.1f} MB of text", end="", flush=True)
         group = list(itertools.islice(blocks, 16))
-    print()
     return num_bytes
 
 
@@ -261,7 +261,8 @@ def parse_options(config_class: type, doc: str) -> dict:
         choices = typing.get_args(kind) or None  # of a Literal
         kind = {bool: parse_bool, int: int, float: float}.get(kind, str)
         help_text = f"{comment} (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar="", help=help_text)
+        metavar = None if choices else ""  # None: argparse shows the choices
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=metavar, help=help_text)
     return vars(parser.parse_args())
 
 

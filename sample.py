@@ -56,7 +56,7 @@ def decode_stream(tokenizer, before: list[int], tokens: Iterable[int]) -> Iterat
         text = tokenizer.decode(before + new)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(tokenizer.decode(before)) :]
-            before = new
+            before = new  # the last piece is enough
             new = []
     yield tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]
 

@@ -390,7 +390,7 @@ def main() -> None:
     logger.say(f"resuming {out_dir} at step {manager.step}" if manager.step > 0 else f"new run in {out_dir}")
     num_params = sum(param.numel() for param in manager.model.parameters())
     logger.say(
-        f"{num_params:,} parameters, {len(manager.train_data.tokens):,} tokens to train on, "
+        f"{num_params:,} parameters, {len(manager.train_data.tokens):,} tokens in {config.data_dir}, "
         f"{manager.steps_per_epoch:,} steps an epoch, {manager.device}, {manager.dtype}"
     )
     signal.signal(signal.SIGINT, manager.request_stop)
@@ -399,7 +399,8 @@ def main() -> None:
 
     stopped = manager.step < config.max_steps
     logger.say(f"{'stopped' if stopped else 'finished'} at step {manager.step} of {config.max_steps}")
-    logger.say(f"sample:    python sample.py --checkpoint={out_dir}/best.pt")
+    name = "last.pt" if stopped else "best.pt"  # a run that was just begun has no good best.pt yet
+    logger.say(f"sample:    python sample.py --checkpoint={out_dir}/{name}")
     further = "" if stopped else f" --max_steps={2 * config.max_steps}"
     logger.say(f"train on:  python train.py --out_dir={out_dir} --resume=True{further}")
     if dist.is_initialized():
