@@ -52,7 +52,7 @@ This trains a small model on the text of this very file, in less than a minute:
             group["lr"] = lr_cosine_schedule(step, max_lr=3e-3, min_lr=0.0, warmup_steps=50, total_steps=500)
         tokens, targets = dataset.batch(step, batch_size=8, seed=0)  # targets: the token after each token
         loss = model(tokens, targets)  # the forward pass: torch records each operation
-        # The backward pass: by the chain rule, the gradient of each weight, which is how the loss changes
+        # The backward pass computes, by the chain rule, the gradient of each weight: how the loss changes
         # with it. torch keeps it in weight.grad.
         loss.backward()
         optimizer.step()  # move each weight a little, against its gradient
@@ -64,8 +64,8 @@ This trains a small model on the text of this very file, in less than a minute:
     text = model.generate(prompt, max_new_tokens=100)  # 100 times: draw a token, append it
     print(bytes(text[0].tolist()).decode(errors="replace"))
 
-The loss begins at 5.8, above 5.5: the first logits are random, and to prefer random tokens is worse than to
-prefer none. It falls below 2: the true next byte then typically has a probability of exp(-2), 14 percent.
+The loss begins at 5.8, above 5.5: the first logits are random, and preferring random tokens is worse than
+preferring none. It falls below 2: the true next byte then typically has a probability of exp(-2), 14 percent.
 
 Each class and function can be copied into another project, together with what it names.
 """
@@ -107,7 +107,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A table with one learned vector of D numbers for each token of the vocabulary.
 
-    The vectors start with variance 1, so that what the blocks add at first is not large beside them.
+    Their numbers start with variance 1, so that what the blocks add at first is not large beside them.
     """
 
     def __init__(self, vocab_size: int, d_model: int):
@@ -148,7 +148,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Three linear maps turn the vector of each token into three others, of K numbers each: a query q (what the
     token looks for), a key k (what it offers) and a value v (what it passes on). The dot product of a query
     and a key is their score: how well they match. For each query, softmax turns the scores into attention
-    weights, which are positive and sum to 1. The result is the mean of the values, weighted by these. So in
+    weights, which are at least 0 and sum to 1. The result is the mean of the values, weighted by these. So in
     "the cat slept because it", the query of "it" may match the key of "cat", whose value then flows to "it".
     What to look for is learned: the three maps are trained, the attention weights are computed for each text.
 
@@ -561,7 +561,7 @@ def scale_frequencies(
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay: gradient descent that gives all weights steps of similar size.
 
-    Plain gradient descent is w ← w - η · g, for a weight w with gradient g at the learning rate η. Step t of
+    Plain gradient descent is w ← w - η · g, for a weight w with gradient g and the learning rate η. Step t of
     AdamW, t = 1, 2, …, is
 
         w ← w - η · λ · w              weight decay, with λ = weight_decay
@@ -573,9 +573,9 @@ class AdamW(torch.optim.Optimizer):
 
     m and v start at 0, so at first they are too small: after one step m is (1 - β₁) · g. Divided by 1 - β₁ᵗ
     it is g. The mean m̂ smooths out the noise of single batches. Some weights have gradients a thousand times
-    larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight
-    decay pulls each weight towards 0 unless the data keeps pushing it away; this curbs overfitting.
-    It is decoupled: not a part of g, so √v̂ does not rescale it.
+    larger than others; divided by √v̂, their typical size, all of them take steps of about η. Weight decay
+    pulls each weight towards 0, so that it stays large only if the data keeps pushing it. This curbs
+    overfitting. It is decoupled: not a part of g, so √v̂ does not rescale it.
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
     The gains of RMSNorm belong near 1, not 0, so they get a group of parameters without decay:
@@ -627,8 +627,8 @@ class AdamW(torch.optim.Optimizer):
 def lr_cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
     """The learning rate of a step, counted from 0: a line up, then half a cosine down.
 
-    It is 0 at step 0, which only fills AdamW's moments; max_lr at warmup_steps; min_lr from total_steps on.
-    (A warm-up that is longer than total_steps is finished first.)
+    With a warm-up it is 0 at step 0, which then only fills AdamW's moments; max_lr at warmup_steps; min_lr
+    from total_steps on. (A warm-up that is longer than total_steps is finished first.)
 
     Why warm up? AdamW's running means start from a few batches, and a large step in such an uncertain
     direction can do damage that takes long to repair. Why go down? Large steps jump around a minimum; small
@@ -725,7 +725,7 @@ class CheckpointHandler:
         model_config    the fields of its ModelConfig, a dict
         tokenizer       "bytes", the text of a tokenizer.json, or None if it has none
         eos_id          the token that ends a document ("end of sequence")
-    One of a training run holds also
+    One of a training run also holds
         config          the options of the run, a dict
         step            how many updates it has made
         best_val_loss   the lowest loss so far, in nats, on text that is held out from training
