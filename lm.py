@@ -723,11 +723,11 @@ class CheckpointHandler:
     A checkpoint of a model holds
         model           its state dict
         model_config    the fields of its ModelConfig, a dict
-        tokenizer       "bytes", the text of a tokenizer.json, or None if it has none
+        tokenizer       "bytes", or the text of a tokenizer.json, or None
         eos_id          the token that ends a document ("end of sequence")
     One of a training run also holds
         config          the options of the run, a dict
-        step            how many updates it has made
+        step            how many steps it has made
         best_val_loss   the lowest loss so far, in nats, on text that is held out from training
     and, if the run can be resumed from it,
         optimizer, scaler   their state dicts (the scaler is for training in float16)

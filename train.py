@@ -384,7 +384,8 @@ def main() -> None:
         manager = make_manager(options)
         config = manager.config
         logger = Logger(config, is_main_process=manager.rank == 0)
-    torch.set_float32_matmul_precision("high")  # on a GPU: float32 products with TF32, faster, fewer digits
+    if manager.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # float32 products with TF32: faster, fewer digits
 
     out_dir = shlex.quote(config.out_dir)
     logger.say(f"resuming {out_dir} at step {manager.step}" if manager.step > 0 else f"new run in {out_dir}")
