@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import zipfile
 from functools import partial
 from itertools import pairwise
@@ -1277,7 +1278,7 @@ def test_the_readmes_twenty_lines_print_what_they_promise(capsys):
 
 def test_the_readmes_commands_run(folder, learned, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    commands = re.findall(r"^(?:    |.*&& )python (\w+)\.py ?([^#\n]*)", README, re.MULTILINE)
+    commands = re.findall(r"(?:^    |&& |`)python (\w+)\.py ?([^#`\n]*)", README, re.MULTILINE)
     assert {script for script, _ in commands} == {"prepare", "train", "sample", "convert"}
     for name in ("mytext.txt", "shakespeare.txt"):
         Path(name).write_text(TEXT)
@@ -1291,15 +1292,32 @@ def test_the_readmes_commands_run(folder, learned, monkeypatch, capsys):
             )
             words += ["--d_model=48", "--num_layers=1"] if "--init_from" not in arguments else []
         run(sys.modules[script], *words)
-    (speed,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/speed.md").read_text(), re.DOTALL)
-    (loads,) = re.findall(r"```python\n(from transformers.*?)```", README, re.DOTALL)
-    exec(loads + re.sub(r"rounds = (.*), \d+", r"rounds = \1, 1", speed), {})
-    assert re.fullmatch(r"Once (.*\n)+step {.* ms'}\ngenerate {.* ms'}\n", capsys.readouterr().out)
+    (speed, _) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/speed.md").read_text(), re.DOTALL)
+    exec(re.sub(r"rounds = (.*), \d+", r"rounds = \1, 1", speed), {})
+    assert re.fullmatch(r"step {.* ms'}\ngenerate {.* ms'}\n", capsys.readouterr().out)
+
+
+def test_the_readmes_picture_has_the_last_entry_of_each_step(folder, monkeypatch):
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", README, re.DOTALL)
+    names = ("train_loss", "train_loss", "val_loss", "train_loss", "train_loss", "val_loss")
+    entries = zip((50, 100, 100, 100, 150, 150), names, (5.0, 4.0, 4.5, 3.0, 2.0, 2.5), strict=True)
+    Path("out").mkdir()
+    Path("out/metrics.jsonl").write_text("".join(json.dumps({"step": s, n: v}) + "\n" for s, n, v in entries))
+    drawn = {}
+    pyplot = types.ModuleType("matplotlib.pyplot")
+    pyplot.plot = lambda x, y, label: drawn.update({label: (list(x), list(y))})
+    pyplot.legend = lambda: None
+    pyplot.savefig = lambda path: Path(path).touch()
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    exec(code, {})
+    assert drawn == {"train_loss": ([50, 100, 150], [5.0, 3.0, 2.0]), "val_loss": ([100, 150], [4.5, 2.5])}
+    assert Path("loss.png").exists()
 
 
 def test_the_readmes_tables_name_tests_that_exist_and_the_sections_of_lm_with_their_lines():
     named = re.findall(r"^\| .* \| `(test_\w+)` \|$", README, re.MULTILINE)
-    assert len(named) >= 12 and set(named) <= globals().keys()
+    assert len(named) == 10 and set(named) <= globals().keys()
     lines = (ROOT / "lm.py").read_text().splitlines()
     starts = [i for i, line in enumerate(lines, 1) if re.match(r"# -{9,} ", line)] + [len(lines) + 1]
     sections = {lines[a - 1].split("- ", 1)[1]: f"{a}–{b - 1}" for a, b in pairwise(starts)}
@@ -1321,6 +1339,7 @@ def apply_diff(diff, folder):
 @pytest.mark.parametrize("number", range(len(DIFFS)))
 def test_the_experiments_diffs_apply_and_change_what_lm_computes(tmp_path, number):
     apply_diff(DIFFS[number], tmp_path)
+    (np.arange(610) % 61).astype("uint8").tofile(tmp_path / "tokens.bin")
     losses = []
     for folder in (tmp_path, ROOT):
         module = runpy.run_path(str(folder / "lm.py"))
@@ -1328,10 +1347,11 @@ def test_the_experiments_diffs_apply_and_change_what_lm_computes(tmp_path, numbe
         model = module["TransformerLM"](module["ModelConfig"](61, 16, 32, 2, 4))
         matrices = [param for param in model.layers.parameters() if param.ndim > 1]
         optimizer = module["AdamW"]([{"params": matrices, "muon": True}])
-        tokens = torch.arange(17)[None]
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        dataset = module["MemmapTokenDataset"](tmp_path / "tokens.bin", 16, "uint8")
+        tokens, targets = dataset.batch(0, 2, seed=0)
+        model(tokens, targets).backward()
         optimizer.step()
-        losses.append(model(tokens[:, :-1], tokens[:, 1:]).item())
+        losses.append(model(tokens, targets).item())
     assert math.isfinite(losses[0]) and abs(losses[0] - losses[1]) > 1e-4
 
 
