@@ -1303,15 +1303,16 @@ def test_the_readmes_picture_has_the_last_entry_of_each_step(folder, monkeypatch
     entries = zip((50, 100, 100, 100, 150, 150), names, (5.0, 4.0, 4.5, 3.0, 2.0, 2.5), strict=True)
     Path("out").mkdir()
     Path("out/metrics.jsonl").write_text("".join(json.dumps({"step": s, n: v}) + "\n" for s, n, v in entries))
-    drawn = {}
+    drawn = []
     pyplot = types.ModuleType("matplotlib.pyplot")
-    pyplot.plot = lambda x, y, label: drawn.update({label: (list(x), list(y))})
+    pyplot.plot = lambda x, y, style, label: drawn.append((list(x), list(y)))
+    pyplot.xlabel = lambda text: None
     pyplot.legend = lambda: None
     pyplot.savefig = lambda path: Path(path).touch()
     monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
     exec(code, {})
-    assert drawn == {"train_loss": ([50, 100, 150], [5.0, 3.0, 2.0]), "val_loss": ([100, 150], [4.5, 2.5])}
+    assert drawn == [([50, 100, 150], [5.0, 3.0, 2.0]), ([100, 150], [4.5, 2.5])]
     assert Path("loss.png").exists()
 
 
