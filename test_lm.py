@@ -1021,9 +1021,11 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_weights(folder):
     run(train, *words, "--out_dir=whole")
     for kill in range(7):
         process = start(ROOT / "train.py", *words, "--resume=True")
-        while process.poll() is None and "parameters" not in Path("said.txt").read_text():
+        said = ""
+        while process.poll() is None and ("parameters" not in said or said.count("val_loss") < kill):
             time.sleep(0.01)
-        time.sleep(0.12 * kill)
+            said = Path("said.txt").read_text()
+        time.sleep(0.01 * kill)  # a moment between two evaluations, or within one
         if kill < 6:
             process.kill()
         process.wait(timeout=60)
